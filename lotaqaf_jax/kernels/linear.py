@@ -1,0 +1,120 @@
+"""The quantised linear layer, with or without ternary adapters: y = x @ W'.
+
+The dequantised weight exists only while one layer is computed: the forward pass keeps the packed words, the adapters
+and x, and the backward pass builds the weight again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lotaqaf_jax.kernels.choose import choose
+from lotaqaf_jax.quant.weight import QuantizedWeight
+from lotaqaf_jax.ternary import Offset, adapter_gradients, adjusted_weight
+
+__all__ = ["TernaryAdapter", "quantized_linear", "weight_matrix"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TernaryAdapter:
+    """Ternary adapters of one weight matrix and the rule by which they are applied.
+
+    ``a`` (in, rank) and ``b`` (rank, out) hold values in {-1, 0, 1}, int8 at rest, float where gradients are taken;
+    ``omega``, ``offset`` and ``offset_dtype`` are static, see :mod:`lotaqaf_jax.ternary`. Arrays may carry leading
+    axes that stack layers.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    omega: float = dataclasses.field(metadata={"static": True})
+    offset: Offset = dataclasses.field(metadata={"static": True})
+    offset_dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the adapters."""
+        return self.a.shape[-1]
+
+
+def weight_matrix(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> jax.Array:
+    """The matrix that multiplies x: W, or W' with adapters, (in, out), rounded once to ``dtype``.
+
+    Behind an optimisation barrier, so that the product sees the same operand whether it came from adapters or from
+    merged words, and is compiled the same way.
+    """
+    if adapter is None:
+        matrix = w.dequantize()
+    else:
+        matrix = adjusted_weight(
+            w,
+            adapter.a,
+            adapter.b,
+            omega=adapter.omega,
+            offset=adapter.offset,
+            offset_dtype=adapter.offset_dtype,
+        )
+    return jax.lax.optimization_barrier(matrix.astype(dtype))
+
+
+def quantized_linear(
+    x: jax.Array,
+    w: QuantizedWeight,
+    adapter: TernaryAdapter | None = None,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """y = x @ W', with W' = scales * (q + T - zeros + mu) rounded to the type of ``x``.
+
+    Gradients reach ``x`` and float adapters; ``w`` is frozen:
+
+        dx = dy @ W'.T;   dA, dB as :func:`lotaqaf_jax.ternary.adapter_gradients` of dW' = x.T @ dy
+
+    Args:
+        x: (..., in), a float type.
+        w: the quantised weight (in, out).
+        adapter: ternary adapters, or None for W itself (a merged weight brings its own offset).
+        implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
+
+    Returns:
+        (..., out) in the type of ``x``.
+
+    Raises:
+        ConfigError: an unknown implementation, or adapter settings out of range.
+    """
+    choose(implementation)
+    return _linear(x, w, adapter)
+
+
+@jax.custom_vjp
+def _linear(x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None) -> jax.Array:
+    return x @ weight_matrix(w, adapter, x.dtype)
+
+
+def _linear_fwd(
+    x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None
+) -> tuple[jax.Array, tuple[jax.Array, QuantizedWeight, TernaryAdapter | None]]:
+    return _linear(x, w, adapter), (x, w, adapter)
+
+
+def _linear_bwd(
+    saved: tuple[jax.Array, QuantizedWeight, TernaryAdapter | None], dy: jax.Array
+) -> tuple[jax.Array, None, TernaryAdapter | None]:
+    x, w, adapter = saved
+    dx = dy @ weight_matrix(w, adapter, x.dtype).T
+    if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
+        return dx, None, None
+    rows = functools.reduce(lambda n, size: n * size, x.shape[:-1], 1)
+    dweight = jnp.matmul(
+        x.reshape(rows, -1).T, dy.reshape(rows, -1), preferred_element_type=jnp.float32
+    )
+    da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
+    return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)

@@ -1,0 +1,115 @@
+"""Linear layer, embedding and norm. Arrays may carry a leading axis that stacks layers; a scan takes it off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lotaqaf_jax.kernels import TernaryAdapter, quantized_linear
+from lotaqaf_jax.models.spec import LinearSpec
+from lotaqaf_jax.quant.packing import packed_size
+from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
+
+__all__ = ["Embed", "Linear", "PackedWeight", "RMSNorm", "Ternary"]
+
+
+class PackedWeight(nnx.Variable):
+    """Holds a frozen :class:`~lotaqaf_jax.quant.QuantizedWeight`."""
+
+
+class Ternary(nnx.Variable):
+    """Holds a :class:`~lotaqaf_jax.kernels.TernaryAdapter`: all that LoTA-QAF trains."""
+
+
+class Linear(nnx.Module):
+    """y = x @ W + bias, with W dense, or packed integers with or without ternary adapters.
+
+    Attributes:
+        weight: for a quantised layer a :class:`PackedWeight`, else a Param (..., out, in), as Hugging Face stores it.
+        bias: Param (..., out) or None.
+        adapter: a :class:`Ternary`, or None.
+
+    Built with zeros; loading or initialisation replaces them.
+    """
+
+    def __init__(self, spec: LinearSpec, stack: tuple[int, ...] = ()) -> None:
+        n_in, n_out = spec.in_features, spec.out_features
+        self.weight: nnx.Variable
+        if spec.quant is None:
+            self.weight = nnx.Param(jnp.zeros((*stack, n_out, n_in), spec.dtype))
+        else:
+            bits, size = spec.quant.bits, spec.quant.group_size
+            groups = group_count(n_in, size)
+            weight = QuantizedWeight(
+                qweight=jnp.zeros((*stack, packed_size(n_in, bits), n_out), jnp.int32),
+                scales=jnp.zeros((*stack, groups, n_out), spec.dtype),
+                zeros=jnp.zeros((*stack, groups, n_out), jnp.uint8),
+                g_idx=jnp.zeros((*stack, n_in), jnp.int32) if spec.quant.act_order else None,
+                offset=None,
+                bits=bits,
+                group_size=size,
+                shape=(n_in, n_out),
+                checkpoint_format=spec.quant.checkpoint_format,
+            )
+            self.weight = PackedWeight(weight)
+        self.bias = nnx.Param(jnp.zeros((*stack, n_out), spec.bias_dtype)) if spec.bias else nnx.data(None)
+        self.adapter = nnx.data(None)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is held in packed integers."""
+        return isinstance(self.weight, PackedWeight)
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The packed weight of a quantised layer."""
+        weight = self.weight.get_value()
+        if not isinstance(weight, QuantizedWeight):
+            raise TypeError("this layer holds a dense weight")
+        return weight
+
+    @property
+    def ternary(self) -> TernaryAdapter | None:
+        """The layer's adapters, or None."""
+        return None if self.adapter is None else self.adapter.get_value()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., in) -> (..., out), in the type of ``x``."""
+        if self.is_quantized:
+            y = quantized_linear(x, self.packed, self.ternary)
+        else:
+            y = x @ self.weight.get_value().astype(x.dtype).T
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding: row ``ids`` of the table; the table's transpose where it is the output head too."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: Any) -> None:
+        self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), dtype))
+
+    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        """(batch, length) int32 -> (batch, length, hidden) of ``dtype``."""
+        return jnp.take(self.weight.get_value(), ids, axis=0).astype(dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """(..., hidden) -> (..., vocab) float32: x @ table.T."""
+        table = self.weight.get_value().astype(x.dtype)
+        return jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """weight * x / sqrt(mean(x**2) + eps), the mean in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: Any, stack: tuple[int, ...] = ()) -> None:
+        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., size) -> (..., size), in the type of ``x``."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight.get_value().astype(x.dtype) * normed.astype(x.dtype)

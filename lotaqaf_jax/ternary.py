@@ -1,0 +1,275 @@
+"""The arithmetic of LoTA-QAF: threshold, boundary rule, offset, adjusted weight and lossless merge.
+
+Ternary adapters A (in, rank) and B (rank, out), values in {-1, 0, 1}, move the integers q of a quantised weight by at
+most one step of their own grid, and the group's zero point by a fraction mu of a step (paper Eq. 3-5):
+
+    D  = A @ B                                       integers in [-rank, rank]
+    T  = sign(D) * 1[|D| > omega]                    0 < omega < rank
+    T  = 0 where q + T would leave {0, ..., 2**bits - 1}
+    R  = D - omega * T                               a blocked entry keeps its whole D in R
+    mu = mean of R over the rows of a group          offset="paper"
+    mu = that mean / omega                           offset="reference"
+    mu = 0                                           offset="none"
+    W' = scales * (q + T - zeros + mu)
+
+Source: LoTA-QAF, arXiv 2505.18724. "reference" is the division by omega of the authors' code, which the paper does not
+have.
+
+What is trained is what is shipped: mu is rounded to the type it will be stored in before it is used, and the weight is
+built by the same expression (:func:`lotaqaf_jax.quant.weight.affine`) from adapters and from merged words. Sums over D
+and T are sums of small integers, exact in float32 in any order; the two places that do round, the mean and the final
+product, stand behind optimisation barriers so that no compiler can round them differently in another program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.quant.weight import QuantizedWeight, affine
+
+__all__ = [
+    "Offset",
+    "adapter_gradients",
+    "adjusted_weight",
+    "check_settings",
+    "init_adapter",
+    "merge",
+    "moved_share",
+    "ternary_step",
+]
+
+Offset = Literal["reference", "paper", "none"]
+
+
+def check_settings(rank: int, omega: float, offset: str) -> None:
+    """Check the settings of an adapter.
+
+    Args:
+        rank: inner size of the adapters, at least 2.
+        omega: threshold on |D|, 0 < omega < rank: at omega >= rank nothing could ever move.
+        offset: "reference", "paper" or "none".
+
+    Raises:
+        ConfigError: names the setting, its value and the range.
+    """
+    if rank < 2:
+        raise ConfigError(f"rank: found {rank}, expected at least 2, since the threshold lies between 0 and rank.")
+    if not 0 < omega < rank:
+        raise ConfigError(
+            f"omega: found {omega}, expected 0 < omega < rank = {rank}. The published setting is 0.75 * rank = "
+            f"{0.75 * rank:g}."
+        )
+    if offset not in get_args(Offset):
+        raise ConfigError(f"offset: found {offset!r}, expected one of {get_args(Offset)}.")
+
+
+def init_adapter(key: jax.Array, in_features: int, out_features: int, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Fresh adapters: A ternarised from a Kaiming normal draw, B = 0, so that W' = W exactly.
+
+        A = 1[N > delta] - 1[N < -delta],   delta = 0.75 * mean|N|
+
+    The scale of the draw N cancels against delta, so a unit normal gives the same A as the Kaiming normal of fan-in
+    ``in_features``.
+
+    Args:
+        key: JAX random key.
+        in_features: rows of A.
+        out_features: columns of B.
+        rank: columns of A and rows of B.
+
+    Returns:
+        A (in, rank) and B (rank, out), int8.
+
+    Source: the authors' initialisation.
+    """
+    draw = jax.random.normal(key, (in_features, rank))
+    delta = 0.75 * jnp.mean(jnp.abs(draw))
+    a = (draw > delta).astype(jnp.int8) - (draw < -delta).astype(jnp.int8)
+    return a, jnp.zeros((rank, out_features), jnp.int8)
+
+
+def _step_of(w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q (int32), D (float32, exact integers) and T (int32), each (in, out)."""
+    q = w.integers()
+    d = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    t = jnp.where(jnp.abs(d) > omega, jnp.sign(d), 0.0).astype(jnp.int32)
+    moved = q + t
+    inside = (moved >= 0) & (moved <= 2**w.bits - 1)
+    return q, d, jnp.where(inside, t, 0)
+
+
+def ternary_step(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float) -> jax.Array:
+    """T, the step of every integer: (in, out) int32 in {-1, 0, 1} (paper Eq. 3, with the boundary rule).
+
+    Args:
+        w: the quantised weight (in, out).
+        a: ternary (in, rank), float or int8.
+        b: ternary (rank, out), float or int8.
+        omega: threshold, 0 < omega < rank.
+    """
+    return _step_of(w, a, b, omega)[2]
+
+
+def moved_share(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float) -> jax.Array:
+    """Share of the integers that the adapters move: mean of |T|, a scalar in [0, 1]."""
+    return jnp.mean(jnp.abs(ternary_step(w, a, b, omega=omega)), dtype=jnp.float32)
+
+
+def _offset_scale(omega: float, offset: str) -> float:
+    """c, by which the group mean of R is multiplied to give mu."""
+    return {"reference": 1.0 / omega, "paper": 1.0, "none": 0.0}[offset]
+
+
+def _mu(
+    w: QuantizedWeight, d: jax.Array, t: jax.Array, omega: float, offset: str, offset_dtype: Any
+) -> jax.Array | None:
+    """mu (groups, out) in its storage type, or None for offset="none"."""
+    if offset == "none":
+        return None
+    # sum(R) = sum(D) - omega * sum(T): both sums are exact, so the order of summation cannot matter.
+    taken = jax.lax.optimization_barrier(omega * w.group_sum(t).astype(jnp.float32))
+    rows = w.group_rows() * (omega if offset == "reference" else 1.0)
+    mu = (w.group_sum(d) - taken) / jax.lax.optimization_barrier(rows)
+    return jax.lax.optimization_barrier(mu.astype(offset_dtype))
+
+
+def adapter_gradients(
+    w: QuantizedWeight, a: jax.Array, b: jax.Array, dweight: jax.Array, *, omega: float, offset: Offset = "reference"
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of the adapters from the gradient of the adjusted weight, straight through the threshold.
+
+        dD = s * dW' + c * groupmean(s * dW'),   c = 1 (paper), 1/omega (reference), 0 (none)
+        dA = dD @ B.T,   dB = A.T @ dD
+
+    Threshold and boundary rule count as the identity, and T inside R as a constant.
+
+    Args:
+        w: the quantised weight (in, out).
+        a: (in, rank).
+        b: (rank, out).
+        dweight: dL/dW', (in, out) float.
+        omega: threshold.
+        offset: offset rule.
+
+    Returns:
+        dA (in, rank) and dB (rank, out), float32.
+
+    Source: the authors' code; the paper does not spell it out.
+    """
+    dd = w.spread(w.scales).astype(jnp.float32) * dweight.astype(jnp.float32)
+    if offset != "none":
+        dd = dd + w.spread(_offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return dd @ b.T, a.T @ dd
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _adjusted(
+    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
+) -> jax.Array:
+    q, d, t = _step_of(w, a, b, omega)
+    mu = _mu(w, d, t, omega, offset, offset_dtype)
+    steps = q + t - w.spread(w.zeros).astype(jnp.int32)
+    return affine(steps, w.spread(w.scales), None if mu is None else w.spread(mu))
+
+
+def _adjusted_fwd(
+    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
+) -> tuple[jax.Array, tuple[QuantizedWeight, jax.Array, jax.Array]]:
+    return _adjusted(w, a, b, omega, offset, offset_dtype), (w, a, b)
+
+
+def _adjusted_bwd(
+    omega: float, offset: Offset, offset_dtype: Any, saved: tuple[QuantizedWeight, jax.Array, jax.Array], g: jax.Array
+) -> tuple[None, jax.Array | None, jax.Array | None]:
+    w, a, b = saved
+    da, db = adapter_gradients(w, a, b, g, omega=omega, offset=offset)
+    return None, _like(da, a), _like(db, b)
+
+
+def _like(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
+    """The gradient in the type of its primal; None (zero) for an integer primal, which has no tangent."""
+    return gradient.astype(primal.dtype) if jnp.issubdtype(primal.dtype, jnp.floating) else None
+
+
+_adjusted.defvjp(_adjusted_fwd, _adjusted_bwd)
+
+
+def adjusted_weight(
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    omega: float,
+    offset: Offset = "reference",
+    offset_dtype: Any = jnp.float32,
+) -> jax.Array:
+    """W' = scales * (q + T - zeros + mu), the weight that the adapters make of ``w``.
+
+    Differentiable in float ``a`` and ``b`` by the straight-through rule of :func:`adapter_gradients`; ``w`` is frozen.
+
+    Args:
+        w: the quantised weight (in, out), without an offset of its own.
+        a: ternary (in, rank), float or int8.
+        b: ternary (rank, out), float or int8.
+        omega: threshold, 0 < omega < rank.
+        offset: "reference" (mean of R over omega), "paper" (mean of R) or "none".
+        offset_dtype: the type mu will be stored in; mu is rounded to it before it is used.
+
+    Returns:
+        (in, out) float32.
+
+    Raises:
+        ConfigError: omega or offset out of range.
+        ValueError: shapes that do not fit, or a weight that already has an offset.
+
+    Source: paper Eq. 3-5.
+    """
+    _check_shapes(w, a, b)
+    check_settings(a.shape[-1], omega, offset)
+    return _adjusted(w, a, b, omega, offset, offset_dtype)
+
+
+def merge(
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    omega: float,
+    offset: Offset = "reference",
+    offset_dtype: Any = jnp.float32,
+) -> QuantizedWeight:
+    """Take the adapters into the weight: integers q + T, packed, and mu as ``.offset``. Nothing is rounded.
+
+    ``merge(w, a, b, ...).dequantize()`` equals ``adjusted_weight(w, a, b, ...)`` bit for bit.
+
+    Args and errors: as :func:`adjusted_weight`.
+
+    Returns:
+        A QuantizedWeight of the same size, with ``offset`` (groups, out) of ``offset_dtype``, or None for
+        offset="none".
+
+    Source: paper Eq. 3-5.
+    """
+    _check_shapes(w, a, b)
+    check_settings(a.shape[-1], omega, offset)
+    q, d, t = _step_of(w, a, b, omega)
+    mu = _mu(w, d, t, omega, offset, offset_dtype)
+    return dataclasses.replace(w.with_integers(q + t), offset=mu)
+
+
+def _check_shapes(w: QuantizedWeight, a: jax.Array, b: jax.Array) -> None:
+    rank = a.shape[-1]
+    if a.shape != (w.shape[0], rank) or b.shape != (rank, w.shape[1]):
+        raise ValueError(
+            f"adapters of a weight {w.shape} must be A ({w.shape[0]}, rank) and B (rank, {w.shape[1]}); "
+            f"found A {tuple(a.shape)} and B {tuple(b.shape)}"
+        )
+    if w.offset is not None:
+        raise ValueError("the weight already holds a merged offset; adapt the weight as it was before the merge")
