@@ -7,7 +7,15 @@ ordinary exception. A programming error stays a ``TypeError`` or ``ValueError`` 
 
 from __future__ import annotations
 
-__all__ = ["AdapterError", "CheckpointError", "ConfigError", "DataError", "LotaError", "TrainingError", "VerificationError"]
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LotaError",
+    "TrainingError",
+    "VerificationError",
+]
 
 
 class LotaError(Exception):

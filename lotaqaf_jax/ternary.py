@@ -140,7 +140,13 @@ def _mu(
 
 
 def adapter_gradients(
-    w: QuantizedWeight, a: jax.Array, b: jax.Array, dweight: jax.Array, *, omega: float, offset: Offset = "reference"
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    dweight: jax.Array,
+    *,
+    omega: float,
+    offset: Offset = "reference",
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the adapters from the gradient of the adjusted weight, straight through the threshold.
 
@@ -186,7 +192,11 @@ def _adjusted_fwd(
 
 
 def _adjusted_bwd(
-    omega: float, offset: Offset, offset_dtype: Any, saved: tuple[QuantizedWeight, jax.Array, jax.Array], g: jax.Array
+    omega: float,
+    offset: Offset,
+    offset_dtype: Any,
+    saved: tuple[QuantizedWeight, jax.Array, jax.Array],
+    g: jax.Array,
 ) -> tuple[None, jax.Array | None, jax.Array | None]:
     w, a, b = saved
     da, db = adapter_gradients(w, a, b, g, omega=omega, offset=offset)

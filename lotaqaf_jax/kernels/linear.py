@@ -45,8 +45,9 @@ class TernaryAdapter:
 def weight_matrix(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> jax.Array:
     """The matrix that multiplies x: W, or W' with adapters, (in, out), rounded once to ``dtype``.
 
-    Behind an optimisation barrier, so that the product sees the same operand whether it came from adapters or from
-    merged words, and is compiled the same way.
+    The product must see the same operand, and be compiled the same way, whether it came from adapters or from merged
+    words: a compiler that draws part of the dequantisation into its matrix product (XLA on the CPU does) sums in
+    another order. The detour by the bits of the float, which costs nothing, keeps it out.
     """
     if adapter is None:
         matrix = w.dequantize()
@@ -59,7 +60,9 @@ def weight_matrix(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any
             offset=adapter.offset,
             offset_dtype=adapter.offset_dtype,
         )
-    return jax.lax.optimization_barrier(matrix.astype(dtype))
+    matrix = matrix.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(matrix, {4: jnp.uint32, 2: jnp.uint16}[matrix.dtype.itemsize])
+    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), dtype)
 
 
 def quantized_linear(
@@ -110,9 +113,7 @@ def _linear_bwd(
     if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
         return dx, None, None
     rows = functools.reduce(lambda n, size: n * size, x.shape[:-1], 1)
-    dweight = jnp.matmul(
-        x.reshape(rows, -1).T, dy.reshape(rows, -1), preferred_element_type=jnp.float32
-    )
+    dweight = jnp.matmul(x.reshape(rows, -1).T, dy.reshape(rows, -1), preferred_element_type=jnp.float32)
     da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
 

@@ -1,0 +1,39 @@
+"""The Flax NNX decoder for Llama and Qwen2, its loading, and its adapters."""
+
+from lotaqaf_jax.models.adapters import (
+    TARGET_MODULES,
+    adapted_linears,
+    add_adapters,
+    linears,
+    merge,
+    moved_shares,
+)
+from lotaqaf_jax.models.config import DecoderConfig
+from lotaqaf_jax.models.decoder import Decoder
+from lotaqaf_jax.models.layers import Linear, PackedWeight, Ternary
+from lotaqaf_jax.models.pretrained import init_decoder, load_pretrained
+from lotaqaf_jax.models.registry import KNOWN_MODELS, local_folder
+from lotaqaf_jax.models.spec import PROJECTIONS, DecoderSpec, LinearSpec, QuantSpec, dense_spec
+
+__all__ = [
+    "KNOWN_MODELS",
+    "PROJECTIONS",
+    "TARGET_MODULES",
+    "Decoder",
+    "DecoderConfig",
+    "DecoderSpec",
+    "Linear",
+    "LinearSpec",
+    "PackedWeight",
+    "QuantSpec",
+    "Ternary",
+    "adapted_linears",
+    "add_adapters",
+    "dense_spec",
+    "init_decoder",
+    "linears",
+    "load_pretrained",
+    "local_folder",
+    "merge",
+    "moved_shares",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -76,7 +77,11 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(.)). Attribute names are those of Hugging Face."""
 
     def __init__(
-        self, config: DecoderConfig, linears: dict[str, LinearSpec], norm_dtype: Any, stack: tuple[int, ...] = ()
+        self,
+        config: DecoderConfig,
+        linears: dict[str, LinearSpec],
+        norm_dtype: Any,
+        stack: tuple[int, ...] = (),
     ) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, norm_dtype, stack)
         self.self_attn = Attention(config, linears, stack)
@@ -165,4 +170,17 @@ class Decoder(nnx.Module):
         Returns:
             (batch, length, vocab) float32.
         """
-        return self.head(self.hidden_states(input_ids, positions, segment_ids))
+        return _logits(*nnx.split(self), input_ids, positions, segment_ids)
+
+
+# Compiled once for a structure of model and batch, so that plain calls do not trace and compile the scan every time.
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    input_ids: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    model = nnx.merge(graph, state)
+    return model.head(model.hidden_states(input_ids, positions, segment_ids))

@@ -56,7 +56,7 @@ class Linear(nnx.Module):
             )
             self.weight = PackedWeight(weight)
         self.bias = nnx.Param(jnp.zeros((*stack, n_out), spec.bias_dtype)) if spec.bias else nnx.data(None)
-        self.adapter = nnx.data(None)
+        self.adapter: Ternary | None = nnx.data(None)
 
     @property
     def is_quantized(self) -> bool:

@@ -1,0 +1,156 @@
+"""Ternary adapters on a decoder: add them, take them off, merge them."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.kernels import TernaryAdapter
+from lotaqaf_jax.models.decoder import Decoder
+from lotaqaf_jax.models.layers import Linear, Ternary
+from lotaqaf_jax.models.spec import PROJECTIONS
+from lotaqaf_jax.quant.weight import QuantizedWeight
+from lotaqaf_jax.ternary import Offset, check_settings, init_adapter, moved_share
+from lotaqaf_jax.ternary import merge as merge_weight
+
+__all__ = ["TARGET_MODULES", "adapted_linears", "add_adapters", "linears", "merge", "moved_shares"]
+
+TARGET_MODULES = tuple(path.split(".")[1] for path in PROJECTIONS)
+
+
+def linears(model: Decoder) -> Iterator[tuple[list[str], Linear]]:
+    """Every projection of a decoder with the full names of the layers stacked in it.
+
+    Yields:
+        (["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", ...], linear); the output head is not among them.
+    """
+    for segment, (start, count) in zip(model.segments, model.spec.runs(), strict=True):
+        for path in PROJECTIONS:
+            yield [f"model.layers.{i}.{path}" for i in range(start, start + count)], segment.linear(path)
+
+
+def adapted_linears(model: Decoder) -> Iterator[tuple[list[str], Linear, TernaryAdapter]]:
+    """Those of :func:`linears` that have adapters, with the adapters."""
+    for names, linear in linears(model):
+        if linear.ternary is not None:
+            yield names, linear, linear.ternary
+
+
+def _shallow_copy(model: Decoder) -> Decoder:
+    """Another module over the same arrays."""
+    return nnx.merge(*nnx.split(model), copy=True)
+
+
+def add_adapters(
+    model: Decoder,
+    rank: int = 64,
+    omega: float | None = None,
+    offset: Offset = "reference",
+    target_modules: Sequence[str] = TARGET_MODULES,
+    *,
+    seed: int = 0,
+    offset_dtype: Any = jnp.float32,
+) -> Decoder:
+    """Put fresh ternary adapters on the quantised projections of ``model``; its output stays the same bit for bit.
+
+    Args:
+        model: a decoder with packed weights, without adapters.
+        rank: inner size of the adapters.
+        omega: threshold; None for the published 0.75 * rank.
+        offset: "reference", "paper" or "none"; see :mod:`lotaqaf_jax.ternary`.
+        target_modules: names of the projections to adapt, of :data:`TARGET_MODULES`. A projection that is held in
+            16 bit has no integers to move and is passed over.
+        seed: each adapter depends on this and on its module's name alone.
+        offset_dtype: the type mu will be stored in.
+
+    Returns:
+        A new model over the same weights, with int8 adapters.
+
+    Raises:
+        ConfigError: rank, omega or offset out of range, an unknown target, or nothing to adapt.
+    """
+    omega = 0.75 * rank if omega is None else omega
+    check_settings(rank, omega, offset)
+    unknown = sorted(set(target_modules) - set(TARGET_MODULES))
+    if unknown:
+        raise ConfigError(
+            f"target_modules: {', '.join(unknown)} not known; expected some of {', '.join(TARGET_MODULES)}."
+        )
+    model = _shallow_copy(model)
+    adapted = 0
+    for names, linear in linears(model):
+        if names[0].rsplit(".", 1)[1] not in target_modules or not linear.is_quantized:
+            continue
+        n_in, n_out = linear.packed.shape
+        labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
+        a, b = _init_stack(seed, labels, n_in, n_out, rank)
+        linear.adapter = Ternary(TernaryAdapter(a, b, float(omega), offset, jnp.dtype(offset_dtype)))
+        adapted += len(names)
+    if not adapted:
+        raise ConfigError(
+            f"target_modules: none of {', '.join(target_modules)} is quantised in this model, so there are no integers "
+            "to move. Pass a GPTQ checkpoint."
+        )
+    return model
+
+
+def merge(model: Decoder) -> Decoder:
+    """Take the adapters into the packed weights: integers move by at most one step, mu becomes the weight's offset.
+
+    Nothing is rounded: the merged model's logits equal those of ``model`` bit for bit.
+
+    Args:
+        model: a decoder with adapters.
+
+    Returns:
+        A new model without adapters, its weights of the same size.
+
+    Raises:
+        ConfigError: the model has no adapters.
+    """
+    model = _shallow_copy(model)
+    adapted = list(adapted_linears(model))
+    if not adapted:
+        raise ConfigError("the model has no adapters to merge; call add_adapters first.")
+    for _, linear, adapter in adapted:
+        linear.weight.set_value(_merge_stack(linear.packed, adapter))
+        linear.adapter = nnx.data(None)
+    return model
+
+
+def moved_shares(model: Decoder) -> dict[str, jax.Array]:
+    """Share of integer weights that the adapters move, by module name; scalars in [0, 1]."""
+    shares: dict[str, jax.Array] = {}
+    for names, linear, adapter in adapted_linears(model):
+        shares.update(zip(names, _moved_stack(linear.packed, adapter), strict=True))
+    return shares
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _init_stack(seed: int, labels: jax.Array, n_in: int, n_out: int, rank: int) -> tuple[jax.Array, jax.Array]:
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(labels)
+    return jax.lax.map(lambda key: init_adapter(key, n_in, n_out, rank), keys)
+
+
+# Scans rather than batches over the stacked layers: one layer's unpacked integers at a time.
+@jax.jit
+def _merge_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> QuantizedWeight:
+    def one(pair: tuple[QuantizedWeight, TernaryAdapter]) -> QuantizedWeight:
+        w, t = pair
+        return merge_weight(w, t.a, t.b, omega=t.omega, offset=t.offset, offset_dtype=t.offset_dtype)
+
+    return jax.lax.map(one, (weights, adapters))
+
+
+@jax.jit
+def _moved_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> jax.Array:
+    return jax.lax.map(
+        lambda pair: moved_share(pair[0], pair[1].a, pair[1].b, omega=pair[1].omega), (weights, adapters)
+    )

@@ -1,0 +1,267 @@
+"""Checkpoint folder -> :class:`~lotaqaf_jax.models.decoder.Decoder`, one tensor at a time.
+
+Shapes are settled from the file headers before anything is read, and every problem found there is reported at once.
+Then each tensor goes from the memory-mapped file into its place in the layer stack on the device, so that the host
+never holds more than one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from lotaqaf_jax.errors import CheckpointError
+from lotaqaf_jax.models.config import DecoderConfig
+from lotaqaf_jax.models.decoder import Decoder
+from lotaqaf_jax.models.layers import Linear
+from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec, QuantSpec, projection_shapes
+from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.quant.packing import packed_size
+from lotaqaf_jax.quant.weight import group_count, trivial_g_idx
+from lotaqaf_jax.quant.zeros import decode_zeros
+
+__all__ = ["load_decoder", "read_spec"]
+
+# Buffers that some writers save, which are recomputed here from the config.
+_IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+class _Problems:
+    """Collects what is wrong with a checkpoint, to report it together."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self.folder = folder
+        self.found: list[str] = []
+        self.used: set[str] = set()
+
+    def expect(self, name: str, shape: tuple[int, ...], kinds: tuple[Any, ...]) -> Any:
+        """Check a tensor's presence, shape and type; return its type (the first of ``kinds`` where it is wrong)."""
+        self.used.add(name)
+        entry = self.folder.tensors.get(name)
+        if entry is None:
+            self.found.append(f"{name}: missing")
+            return kinds[0]
+        if entry.shape != shape:
+            self.found.append(f"{name}: found shape {entry.shape}, expected {shape}")
+        if entry.dtype not in kinds:
+            wanted = " or ".join(jnp.dtype(kind).name for kind in kinds)
+            self.found.append(f"{name}: found {entry.dtype}, expected {wanted}")
+            return kinds[0]
+        return entry.dtype
+
+    def raise_if_any(self) -> None:
+        if not self.found:
+            return
+        shown = "\n  ".join(self.found[:20])
+        more = f"\n  ... and {len(self.found) - 20} more" if len(self.found) > 20 else ""
+        raise CheckpointError(
+            f"{self.folder.path}: {len(self.found)} tensors do not fit the config:\n  {shown}{more}\n"
+            "Check that config.json belongs to these weights, and bits and group_size in its quantization_config."
+        )
+
+
+_FLOATS = tuple(jnp.dtype(kind) for kind in (jnp.float16, jnp.bfloat16, jnp.float32))
+_INT32 = (jnp.dtype(jnp.int32),)
+
+
+def read_spec(folder: CheckpointFolder, config: DecoderConfig) -> DecoderSpec:
+    """Settle how every weight is held, from the config and the headers of the shards.
+
+    Args:
+        folder: the opened checkpoint.
+        config: its decoder config.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, unexpected, or of the wrong shape or type.
+    """
+    problems = _Problems(folder)
+    hidden = config.hidden_size
+    embed_dtype = problems.expect("model.embed_tokens.weight", (config.vocab_size, hidden), _FLOATS)
+    norm_dtype = problems.expect("model.norm.weight", (hidden,), _FLOATS)
+    layers = []
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            problems.expect(f"{prefix}.{norm}.weight", (hidden,), _FLOATS)
+        layers.append(
+            tuple(
+                (path, _linear_spec(problems, f"{prefix}.{path}", *shape))
+                for path, shape in projection_shapes(config).items()
+            )
+        )
+    head = None
+    if not config.tie_word_embeddings:
+        head = _linear_spec(problems, "lm_head", hidden, config.vocab_size, False)
+    _check_unused(problems, config)
+    problems.raise_if_any()
+    return DecoderSpec(layers=tuple(layers), head=head, embed_dtype=embed_dtype, norm_dtype=norm_dtype)
+
+
+def _linear_spec(problems: _Problems, name: str, n_in: int, n_out: int, bias: bool) -> LinearSpec:
+    folder = problems.folder
+    bias_dtype: Any = jnp.float16
+    if bias:
+        bias_dtype = problems.expect(f"{name}.bias", (n_out,), _FLOATS)
+    if f"{name}.qweight" not in folder.tensors:
+        dtype = problems.expect(f"{name}.weight", (n_out, n_in), _FLOATS)
+        return LinearSpec(n_in, n_out, bias, None, dtype, bias_dtype)
+    quant = folder.quantization.for_module(name) if folder.quantization else None
+    if quant is None or folder.quantization is None:
+        problems.used.update(f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
+        problems.found.append(f"{name}.qweight: the quantisation config does not say how this module is quantised")
+        return LinearSpec(n_in, n_out, bias, None, jnp.float16, bias_dtype)
+    groups = group_count(n_in, quant.group_size)
+    problems.expect(f"{name}.qweight", (packed_size(n_in, quant.bits), n_out), _INT32)
+    problems.expect(f"{name}.qzeros", (groups, packed_size(n_out, quant.bits)), _INT32)
+    dtype = problems.expect(f"{name}.scales", (groups, n_out), _FLOATS)
+    act_order = False
+    if f"{name}.g_idx" in folder.tensors:
+        before = len(problems.found)
+        problems.expect(f"{name}.g_idx", (n_in,), _INT32)
+        if len(problems.found) == before:
+            act_order = not np.array_equal(folder.read(f"{name}.g_idx"), trivial_g_idx(n_in, quant.group_size))
+    spec = QuantSpec(quant.bits, quant.group_size, act_order, folder.quantization.checkpoint_format)
+    return LinearSpec(n_in, n_out, bias, spec, dtype, bias_dtype)
+
+
+def _check_unused(problems: _Problems, config: DecoderConfig) -> None:
+    for name in problems.folder.tensors.keys() - problems.used:
+        if name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head.")):
+            continue
+        # Some GPTQ writers add a bias of zeros to every projection; it is no part of the architecture.
+        if name.endswith(".bias") and not np.any(problems.folder.read(name)):
+            continue
+        problems.found.append(f"{name}: unexpected (no place for it in a {config.model_type} decoder)")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(stack: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)
+
+
+_decode_zeros = jax.jit(decode_zeros, static_argnums=(1, 2, 3))
+
+
+def _stack(names: list[str], shape: tuple[int, ...], dtype: Any, read: Callable[[str], Any]) -> jax.Array:
+    """Read one tensor after the other into a stack (len(names), *shape), in place."""
+    stack = jnp.zeros((len(names), *shape), dtype)
+    for i, name in enumerate(names):
+        stack = _place(stack, jnp.asarray(read(name), dtype), i)
+    # The host may run ahead of the copies and hold every row at once; wait for this stack before the next.
+    return stack.block_until_ready()
+
+
+def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress: bool = True) -> Decoder:
+    """Read a checkpoint into a decoder. Packed words go to the device as they are.
+
+    Args:
+        folder: the opened checkpoint, GPTQ or 16-bit.
+        dtype: the type that activations and dequantised weights are computed in.
+        progress: show a progress bar when it takes longer than a second.
+
+    Returns:
+        The decoder, with every weight in its stored type.
+
+    Raises:
+        ConfigError: a config that is not supported.
+        CheckpointError: tensors that are missing, unexpected, damaged or of the wrong shape; NaN or infinite scales.
+    """
+    config = DecoderConfig.from_hf(folder.config)
+    spec = read_spec(folder, config)
+    decoder = nnx.eval_shape(lambda: Decoder(config, spec, dtype))
+    with tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress) as bar:
+
+        def read(name: str) -> np.ndarray:
+            array = folder.read(name)
+            bar.update(array.nbytes)
+            return array
+
+        # Copied, since a CPU array may otherwise be a view of the file, which another process can overwrite.
+        decoder.embed_tokens.weight.set_value(jnp.array(read("model.embed_tokens.weight")))
+        decoder.norm.weight.set_value(jnp.array(read("model.norm.weight")))
+        for segment, (start, count) in zip(decoder.segments, spec.runs(), strict=True):
+            prefixes = [f"model.layers.{i}" for i in range(start, start + count)]
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                names = [f"{prefix}.{norm}.weight" for prefix in prefixes]
+                getattr(segment, norm).weight.set_value(_stack(names, (config.hidden_size,), spec.norm_dtype, read))
+            for path, linear_spec in spec.layers[start]:
+                _fill(segment.linear(path), linear_spec, [f"{prefix}.{path}" for prefix in prefixes], read)
+        if decoder.lm_head is not None and spec.head is not None:
+            _fill(decoder.lm_head, spec.head, ["lm_head"], read, stacked=False)
+    return decoder
+
+
+def _fill(
+    linear: Linear,
+    spec: LinearSpec,
+    names: list[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    stacked: bool = True,
+) -> None:
+    """Give a linear layer its arrays, those of several layers stacked, or those of the one in ``names``."""
+
+    def stack(part: str, shape: tuple[int, ...], dtype: Any, convert: Callable[[str], Any] = read) -> jax.Array:
+        if not stacked:
+            return jnp.array(convert(f"{names[0]}.{part}"), dtype)
+        return _stack([f"{name}.{part}" for name in names], shape, dtype, convert)
+
+    n_in, n_out = spec.in_features, spec.out_features
+    if spec.bias and linear.bias is not None:
+        linear.bias.set_value(stack("bias", (n_out,), spec.bias_dtype))
+    quant = spec.quant
+    if quant is None:
+        linear.weight.set_value(stack("weight", (n_out, n_in), spec.dtype))
+        return
+    groups = group_count(n_in, quant.group_size)
+
+    def scales(name: str) -> np.ndarray:
+        return _finite(read(name), name)
+
+    def zeros(name: str) -> jax.Array:
+        return _decode_zeros(read(name), quant.bits, n_out, quant.checkpoint_format)
+
+    def g_idx(name: str) -> np.ndarray:
+        return _in_range(read(name), groups, name)
+
+    filled = linear.packed
+    linear.weight.set_value(
+        type(filled)(
+            qweight=stack("qweight", (packed_size(n_in, quant.bits), n_out), jnp.int32),
+            scales=stack("scales", (groups, n_out), spec.dtype, scales),
+            zeros=stack("qzeros", (groups, n_out), jnp.uint8, zeros),
+            g_idx=stack("g_idx", (n_in,), jnp.int32, g_idx) if quant.act_order else None,
+            offset=None,
+            bits=quant.bits,
+            group_size=quant.group_size,
+            shape=(n_in, n_out),
+            checkpoint_format=quant.checkpoint_format,
+        )
+    )
+
+
+def _finite(scales: np.ndarray, name: str) -> np.ndarray:
+    bad = ~np.isfinite(scales.astype(np.float32))
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise CheckpointError(
+            f"{name}: {np.count_nonzero(bad)} of {bad.size} scales are NaN or infinite, the first at {place}. "
+            "The checkpoint is damaged or its quantisation overflowed; download or quantise it again."
+        )
+    return scales
+
+
+def _in_range(g_idx: np.ndarray, groups: int, name: str) -> np.ndarray:
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise CheckpointError(
+            f"{name}: groups run from {g_idx.min()} to {g_idx.max()}, expected 0 to {groups - 1}. "
+            "Check group_size in the quantisation config."
+        )
+    return g_idx
