@@ -129,8 +129,8 @@ class BatchStream:
         if state.get("fingerprint") != self.fingerprint:
             raise DataError(
                 f"the saved place in the data (fingerprint {state.get('fingerprint')}) is not one of this "
-                f"data ({self.fingerprint}): resume with the dataset, tokenizer, lengths, packing, batch size and "
-                "seed that the run was started with"
+                f"data ({self.fingerprint}): resume with the dataset, tokenizer, lengths, packing, batch "
+                "size and seed that the run was started with"
             )
         self._iterator.set_state(dict(state["iterator"]))
 
@@ -263,7 +263,7 @@ def load_data(
         if size is not None and size < 1:
             raise DataError(f"{name} is {size}; give 1 or more")
     limits = Limits(config.max_seq_length, config.max_source_length, config.max_target_length)
-    tokenize = partial(_tokenize, tokenizer, limits, progress)
+    tokenize = partial(_tokenize, tokenizer, limits, progress=progress, skip_bad=config.skip_bad_rows)
     load = partial(load_examples, format=config.format, skip_bad_rows=config.skip_bad_rows)
     source = load(config.dataset, config.split, max_samples=config.max_samples)
     rows, skipped = len(source.examples) + len(source.skipped), source.skipped
@@ -296,7 +296,7 @@ def load_data(
         format=source.format,
         ignored_columns=source.ignored_columns,
         rows=rows,
-        skipped=skipped,
+        skipped=skipped + tuple(reason for examples in both for reason in examples.skipped),
         dropped=sum(examples.dropped for examples in both),
         truncated_sources=sum(examples.truncated_sources for examples in both),
         truncated_targets=sum(examples.truncated_targets for examples in both),
@@ -314,10 +314,12 @@ def load_data(
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, limits: Limits, progress: bool, source: Examples
+    tokenizer: PreTrainedTokenizerBase, limits: Limits, source: Examples, *, progress: bool, skip_bad: bool
 ) -> TokenizedExamples:
     try:
-        return tokenize_examples(tokenizer, source.examples, source.where, limits, progress=progress)
+        return tokenize_examples(
+            tokenizer, source.examples, source.where, limits, skip_bad=skip_bad, progress=progress
+        )
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
 

@@ -281,18 +281,32 @@ def _read_txt(name: str, path: Path, scratch: str) -> list[Row]:
 
 def _read_csv(name: str, path: Path, scratch: str) -> list[Row]:
     import pandas
+    from datasets import Dataset
 
     try:
-        columns = list(pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"file {name!r} has no CSV header that can be read: {error}") from error
+        head = pandas.read_csv(path, nrows=1, encoding="utf-8-sig")
+    except ValueError as error:
+        raise DataError(f"file {name!r} cannot be read as CSV: {error}") from error
+    if head.empty:
+        return []
     # Without these two, "007" becomes 7 and "None" or "NA" becomes a missing value.
-    options = {"features": _string_features(columns), "keep_default_na": False}
-    return _number_rows(name, _read_table("csv", name, path, scratch, encoding="utf-8-sig", **options))
+    options = {"features": _string_features(*head.columns), "keep_default_na": False}
+    table = _read_table("CSV", Dataset.from_csv, name, path, scratch, encoding="utf-8-sig", **options)
+    return _number_rows(name, table)
 
 
 def _read_parquet(name: str, path: Path, scratch: str) -> list[Row]:
-    return _number_rows(name, _read_table("parquet", name, path, scratch))
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        count = pyarrow.parquet.read_metadata(path).num_rows
+    except pyarrow.ArrowException as error:
+        raise DataError(f"file {name!r} cannot be read as Parquet: {error}") from error
+    if not count:
+        return []
+    return _number_rows(name, _read_table("Parquet", Dataset.from_parquet, name, path, scratch))
 
 
 _READERS: Mapping[str, Callable[[str, Path, str], list[Row]]] = {
@@ -306,39 +320,39 @@ _READERS: Mapping[str, Callable[[str, Path, str], list[Row]]] = {
 
 def _read_strings(name: str, path: Path, scratch: str) -> list[str]:
     """The lines of a text file, without their ends."""
-    table = _read_table(
-        "text", name, path, scratch, encoding="utf-8-sig", features=_string_features(["text"])
-    )
-    return [] if table is None else list(table["text"])
+    from datasets import Dataset
+
+    if not path.stat().st_size:
+        return []
+    options = {"features": _string_features("text"), "encoding": "utf-8-sig"}
+    return list(_read_table("text", Dataset.from_text, name, path, scratch, **options)["text"])
 
 
-def _string_features(columns: list[str]) -> Any:
+def _string_features(*columns: str) -> Any:
     from datasets import Features, Value
 
     return Features({column: Value("string") for column in columns})
 
 
-def _read_table(kind: str, name: str, path: Path, scratch: str, **options: Any) -> Dataset | None:
-    """One file as a table in memory; None when it has no rows, which `datasets` itself refuses."""
-    from datasets import load_dataset_builder
+def _read_table(
+    kind: str, read: Callable[..., Dataset], name: str, path: Path, scratch: str, **options: Any
+) -> Dataset:
+    """One file, which has rows, as a table in memory.
+
+    ``load_dataset`` would do the same, but it also reports its use over the network.
+    """
     from datasets.exceptions import DatasetGenerationError
 
     # A path is a pattern to `datasets`, and may hold brackets.
-    files = {"train": glob.escape(str(path))}
+    pattern = glob.escape(str(path))
     try:
-        builder = load_dataset_builder(kind, data_files=files, cache_dir=scratch, **options)
-        builder.download_and_prepare()
-        if builder.info.splits is None or not builder.info.splits["train"].num_examples:
-            return None
-        return builder.as_dataset(split="train", in_memory=True)
+        return read(pattern, cache_dir=scratch, keep_in_memory=True, **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise DataError(f"file {name!r} cannot be read as {kind}: {str(reason).strip()}") from error
 
 
-def _number_rows(name: str, table: Dataset | None) -> list[Row]:
-    if table is None:
-        return []
+def _number_rows(name: str, table: Dataset) -> list[Row]:
     return [Row(f"{name}, row {number}", row) for number, row in enumerate(table, start=1)]
 
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "Rendered", "TemplateRenderer"]
 
-# Some templates write today's date into the system prompt. Given here, it is the one that the Llama 3 templates
-# fall back to themselves, and a run does not depend on the day on which it was started.
+# Some templates write today's date into the system prompt. Given here, it is the one that the Llama 3
+# templates fall back to themselves, and a run does not depend on the day on which it was started.
 _TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 
@@ -107,16 +107,16 @@ class TemplateRenderer:
             prompt = self._apply(messages[:index], add_generation_prompt=True)
             turn = whole[len(prompt) :]
             if index + 1 < len(messages):
-                # Up to where both agree: a chat that ends here may close with what else only the whole ends with.
+                # Up to where both agree: a chat that ends here may have a closing that the whole has later.
                 agreed = _common_length(whole, self._apply(messages[: index + 1]))
                 turn = whole[len(prompt) : max(agreed, len(prompt))]
             if not whole.startswith(prompt) or message.content.strip() not in turn:
                 raise DataError(
                     f"the tokenizer's chat template renders turn {index + 1}, or what is before it, "
-                    "differently once more turns follow, so the loss cannot be put on it; give chats with one "
-                    "assistant turn, or another template"
+                    "differently once more turns follow, so the loss cannot be put on it; give chats with "
+                    "one assistant turn, or another template"
                 )
-            turn = self._until_end_token(turn)
+            turn = self._until_end_token(turn, message.content.strip())
             pieces += [Piece(whole[cursor : len(prompt)], False), Piece(turn, True)]
             cursor = len(prompt) + len(turn)
         closed = pieces[-1].text.endswith(self._special)
@@ -152,8 +152,14 @@ class TemplateRenderer:
             raise DataError(f"the tokenizer's chat template refuses the chat: {error}") from error
         return str(text)
 
-    def _until_end_token(self, turn: str) -> str:
-        """A turn without the white space behind the token that closes it, if there is such a token."""
+    def _until_end_token(self, turn: str, content: str) -> str:
+        """A turn up to the special token that closes it, if there is one."""
+        end = turn.index(content) + len(content)
+        behind = turn[end:].lstrip()
+        for token in self._special:
+            if behind.startswith(token):
+                return turn[: len(turn) - len(behind) + len(token)]
+        # Something else stands between the content and the closing token, or there is no such token.
         stripped = turn.rstrip()
         return stripped if stripped.endswith(self._special) else turn
 

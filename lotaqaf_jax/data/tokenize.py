@@ -88,6 +88,7 @@ class TokenizedExamples:
         truncated_targets: number of examples whose target was cut.
         dropped: number of examples left out because no token of theirs is in the loss.
         unknown_tokens: number of unknown tokens; 0 if the tokenizer's unknown token is its BOS or EOS.
+        skipped: for each example that could not be rendered and was left out, the sentence that says why.
     """
 
     input_ids: Ids
@@ -98,6 +99,7 @@ class TokenizedExamples:
     truncated_targets: int = 0
     dropped: int = 0
     unknown_tokens: int = 0
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.where)
@@ -122,6 +124,7 @@ def tokenize_examples(
     where: Sequence[str],
     limits: Limits,
     *,
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> TokenizedExamples:
     """Render, tokenize and truncate examples; leave out those without a token in the loss.
@@ -135,6 +138,7 @@ def tokenize_examples(
         examples: what to tokenize.
         where: the place of each example's row, for messages.
         limits: the truncation limits.
+        skip_bad: leave out examples that cannot be rendered instead of raising.
         progress: show a progress bar when the terminal can.
 
     Raises:
@@ -147,17 +151,22 @@ def tokenize_examples(
     counts_unknown = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     kept: list[Truncated] = []
     places: list[str] = []
+    skipped: list[str] = []
     source_cuts = target_cuts = unknown = 0
     bar = tqdm(total=len(examples), desc="Tokenizing", unit="row", disable=None if progress else True)
     with bar:
         for start in range(0, len(examples), _CHUNK):
-            chunk, chunk_places = examples[start : start + _CHUNK], where[start : start + _CHUNK]
-            rendered = [
-                _render(render, example, place) for example, place in zip(chunk, chunk_places, strict=True)
-            ]
-            for place, one, (ids, loss) in zip(
-                chunk_places, rendered, _encode(tokenizer, rendered), strict=True
-            ):
+            rendered: list[tuple[str, Rendered]] = []
+            chunk = examples[start : start + _CHUNK]
+            for example, place in zip(chunk, where[start : start + _CHUNK], strict=True):
+                try:
+                    rendered.append((place, render(example)))
+                except DataError as error:
+                    if not skip_bad:
+                        raise DataError(f"{place}: {error}") from error
+                    skipped.append(f"{place}: {error}")
+            encoded = _encode(tokenizer, [one for _, one in rendered])
+            for (place, one), (ids, loss) in zip(rendered, encoded, strict=True):
                 cut = truncate(ids, loss, limits, bos=tokenizer.bos_token_id, has_source=one.has_source)
                 source_cuts += cut.source_cut
                 target_cuts += cut.target_cut
@@ -167,11 +176,13 @@ def tokenize_examples(
                     if counts_unknown:
                         unknown += int((cut.input_ids == unk).sum())
             bar.update(len(chunk))
+    if len(skipped) == len(examples):
+        raise DataError(f"none of the {len(examples)} examples can be used; the first: {skipped[0]}")
+    dropped = len(examples) - len(skipped) - len(kept)
     if not kept:
         raise DataError(
-            f"all {len(examples)} examples have every label masked: after truncation to {limits.whole} "
-            f"tokens (source {limits.source}, target {limits.target}) no response token is left; raise "
-            "max_seq_length"
+            f"all {dropped} examples have every label masked: after truncation to {limits.whole} tokens "
+            f"(source {limits.source}, target {limits.target}) no response is left; raise max_seq_length"
         )
     return TokenizedExamples(
         input_ids=np.concatenate([cut.input_ids for cut in kept]),
@@ -180,8 +191,9 @@ def tokenize_examples(
         where=tuple(places),
         truncated_sources=source_cuts,
         truncated_targets=target_cuts,
-        dropped=len(examples) - len(kept),
+        dropped=dropped,
         unknown_tokens=unknown,
+        skipped=tuple(skipped),
     )
 
 
@@ -192,15 +204,10 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(ids[-1])
 
 
-def _render(render: TemplateRenderer, example: Example, place: str) -> Rendered:
-    try:
-        return render(example)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered]) -> Iterator[tuple[Ids, Mask]]:
     """Ids and loss mask of each example, BOS and EOS included; the first token is never in the loss."""
+    if not rendered:
+        return
     texts = ["".join(piece.text for piece in one.pieces) for one in rendered]
     options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     if tokenizer.is_fast:
