@@ -28,7 +28,9 @@ def _help(text: str, default: Any) -> Any:
 class TrainConfig:
     """Settings of a training run; every field is a flag of ``train.py``."""
 
-    model: str | None = _help("folder, hub name or known name of a GPTQ checkpoint; none: the shipped small model", None)
+    model: str | None = _help(
+        "folder, hub name or known name of a GPTQ checkpoint; none: the shipped small model", None
+    )
     dataset: str | None = _help("file, folder, hub name or preset (alpaca, gsm8k, sql, viggo; also preset:path)", None)
     output_dir: str = _help("where adapter, merged model and logs are written", "output")
     overwrite_output_dir: bool = _help("replace an output_dir that is not empty", False)
@@ -68,7 +70,9 @@ class TrainConfig:
     save_steps: int = _help("steps between checkpoints; 0: only when stopped", 0)
     save_total_limit: int = _help("checkpoints to keep", 2)
     resume_from_checkpoint: str | None = _help("'latest', or a folder below output_dir/checkpoints", None)
-    report_to: Literal["none", "tensorboard", "wandb"] = _help("where to send the log besides trainer_log.jsonl", "none")
+    report_to: Literal["none", "tensorboard", "wandb"] = _help(
+        "where to send the log besides trainer_log.jsonl", "none"
+    )
     dry_run: bool = _help("print settings, data and some tokens with their loss mask, then stop", False)
 
     def __post_init__(self) -> None:

@@ -69,9 +69,7 @@ def make_train_step(
     def loss_of(adapters: nnx.State, frozen: nnx.State, part: dict[str, jax.Array]) -> jax.Array:
         return summed_loss(nnx.merge(graph, adapters, frozen), part, remat=remat)
 
-    def step(
-        state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         # int8 has no gradient: take it at a float copy.
         floats = jax.tree.map(lambda array: array.astype(jnp.float32), state.adapters)
         parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
