@@ -10,7 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
+from lotaqaf_jax.data import DataConfig
 from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.models import KNOWN_MODELS
+from lotaqaf_jax.models.pretrained import default_dtype
+from lotaqaf_jax.ternary import check_settings
 
 __all__ = ["DEFAULT_RUN", "TrainConfig", "parse_config"]
 
@@ -95,6 +99,7 @@ class TrainConfig:
             raise ConfigError(f"--beta: found {self.beta}, expected 0 <= beta < 1.")
         if self.model is not None and self.dataset is None:
             raise ConfigError("--dataset is missing. Name the file, folder, hub name or preset to train on.")
+        check_settings(self.rank, 0.75 * self.rank if self.omega is None else self.omega, self.offset)
 
     @property
     def train_batch_size(self) -> int:
@@ -105,6 +110,36 @@ class TrainConfig:
     def eval_batch_size(self) -> int:
         """Rows of one evaluation batch."""
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    @property
+    def rank(self) -> int:
+        """``lora_r``, or the published rank for a model that is known, or 64."""
+        if self.lora_r is not None:
+            return self.lora_r
+        known = KNOWN_MODELS.get(str(self.model).lower())
+        return known.rank if known else 64
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The type that is computed in."""
+        return default_dtype() if self.dtype == "auto" else self.dtype
+
+    def data(self) -> DataConfig:
+        """The settings of the data room among these."""
+        return DataConfig(
+            dataset=str(self.dataset),
+            format=self.dataset_format,
+            eval_dataset=self.eval_dataset,
+            val_size=self.val_size,
+            max_samples=self.max_samples,
+            max_eval_samples=self.max_eval_samples,
+            max_seq_length=self.max_seq_length,
+            max_source_length=self.max_source_length,
+            max_target_length=self.max_target_length,
+            packing=self.packing,
+            skip_bad_rows=self.skip_bad_rows,
+            seed=self.seed,
+        )
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the numbers of a run; a resumed run must have the same."""

@@ -82,4 +82,7 @@ def score_tokens(
 
 def summed_loss(model: Decoder, batch: dict[str, jax.Array], *, remat: bool = False) -> jax.Array:
     """Sum of the loss over the targets of a batch (see docs/architecture.md for its arrays), a float32 scalar."""
-    return score_tokens(model, **batch, remat=remat).loss.sum()
+    scores = score_tokens(
+        model, batch["input_ids"], batch["labels"], batch["positions"], batch["segment_ids"], remat=remat
+    )
+    return scores.loss.sum()

@@ -43,7 +43,8 @@ class Metrics:
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(structure, adapters, everything else) of a model with adapters; ``nnx.merge`` puts it together."""
-    return nnx.split(model, Ternary, ...)
+    parts: tuple[Any, ...] = nnx.split(model, Ternary, ...)
+    return parts[0], parts[1], parts[2]
 
 
 def make_train_step(
