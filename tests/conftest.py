@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Most of the suite's time is compilation of the same few programs. The processes of one test run (xdist's workers and
+# the command lines they start) share what they compile, and nothing outlives the run's temporary folder.
+_RUN = os.environ.setdefault("LOTAQAF_TEST_RUN", os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lotaqaf-tests-{_RUN}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +24,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared folder at {folder}; set LOTAQAF_SHARED to run the tests on real files")
     return folder
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last process of the run, the one without a worker's name, clears the shared compilations away."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

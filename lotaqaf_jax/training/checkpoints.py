@@ -52,7 +52,9 @@ class RunCheckpoints:
             CheckpointError: the disk is full or cannot be written to; earlier checkpoints stay.
         """
         try:
-            self._orbax.save_async(int(state.step), _plain(state), custom_metadata=place, overwrite=True)
+            # Orbax skips a save, without a word, while another one is still being written.
+            self._orbax.wait()
+            self._orbax.save_async(int(state.step), _plain(state), custom_metadata=place, overwrite=True, force=True)
             if wait:
                 self._orbax.wait()
         except OSError as problem:
