@@ -22,7 +22,7 @@ import convert
 from lotaqaf_jax.data import load_data, preview
 from lotaqaf_jax.errors import LotaError
 from lotaqaf_jax.evaluation import evaluate
-from lotaqaf_jax.models import Decoder, add_adapters, local_folder, merge
+from lotaqaf_jax.models import Decoder, add_adapters, local_folder
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.quant.folder import CheckpointFolder
@@ -56,7 +56,7 @@ def run(config: TrainConfig) -> None:
     base = CheckpointFolder(local_folder(str(config.model)))
     tokenizer = load_tokenizer(base.path)
     data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
-    print(data.report)
+    print(config.summary(data.num_steps(config.num_train_epochs)), data.report, sep="\n")
     if config.dry_run:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
@@ -80,10 +80,10 @@ def run(config: TrainConfig) -> None:
     model = train(model, data, config, evaluate=held_out if data.validation else None)
     after = held_out(model, "held-out rows after") if data.validation else None
 
-    # Merge, export and verify. Nothing is rounded: integers move by one step of their grid, or not at all.
+    # Merge, export and verify: integers move by one step of their grid or not at all, nothing is rounded, and the
+    # merged folder appears in its place only when it has been read back and every check has passed.
     convert.save_adapter(model, output / "adapter", base=base, overwrite=True)
-    convert.save_pretrained(merge(model), output / "merged", base=base, overwrite=True)
-    proof = convert.verify(base, output / "merged", model=model)
+    proof = convert.merge_and_save(model, output / "merged", base=base, overwrite=True)
     plot_log(output / "trainer_log.jsonl", output / "training_loss.png")
 
     print(proof)

@@ -99,7 +99,7 @@ class TrainConfig:
             raise ConfigError(f"--beta: found {self.beta}, expected 0 <= beta < 1.")
         if self.model is not None and self.dataset is None:
             raise ConfigError("--dataset is missing. Name the file, folder, hub name or preset to train on.")
-        check_settings(self.rank, 0.75 * self.rank if self.omega is None else self.omega, self.offset)
+        check_settings(self.rank, self.threshold, self.offset)
 
     @property
     def train_batch_size(self) -> int:
@@ -123,6 +123,22 @@ class TrainConfig:
     def compute_dtype(self) -> Any:
         """The type that is computed in."""
         return default_dtype() if self.dtype == "auto" else self.dtype
+
+    @property
+    def threshold(self) -> float:
+        """``omega``, or the published 0.75 * rank."""
+        return 0.75 * self.rank if self.omega is None else self.omega
+
+    def summary(self, steps: int) -> str:
+        """The settings that matter most, as lines to print; ``steps`` are those of ``num_train_epochs``."""
+        steps = self.max_steps if self.max_steps > 0 else steps
+        return (
+            f"model        {self.model}\n"
+            f"adapters     rank {self.rank}, omega {self.threshold:g}, offset {self.offset} in {self.offset_dtype}, "
+            f"on {' '.join(self.target_modules)}\n"
+            f"optimizer    t-SignSGD, schedule {self.sigma_schedule}, beta {self.beta:g}, {steps} steps of "
+            f"{self.train_batch_size} rows, seed {self.seed}"
+        )
 
     def data(self) -> DataConfig:
         """The settings of the data room among these."""
