@@ -62,7 +62,7 @@ class TrainConfig:
 
     per_device_train_batch_size: int = _help("rows that are computed at once", 8)
     per_device_eval_batch_size: int | None = _help("the same in evaluation; none: as in training", None)
-    gradient_accumulation_steps: int = _help("batches summed up before an update", 1)
+    gradient_accumulation_steps: int = _help("batches summed up before an update; the published 64 rows in all", 8)
     num_train_epochs: float = _help("times through the data", 1.0)
     max_steps: int = _help("updates in all, in place of num_train_epochs; -1: by epochs", -1)
     gradient_checkpointing: bool = _help("recompute activations in the backward pass to save memory", True)
