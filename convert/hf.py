@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.hf_config import complete_config
+from convert.offset import OFFSET_FOLDER, has_offsets, offset_bytes, write_offsets
 from convert.tensors import HFTensor, hf_tensors
 from convert.writing import new_folder, write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
@@ -83,7 +84,7 @@ def write_checkpoint(
     said = written.get("quantization_config")
     form = None if said is None else QuantizationConfig.from_hf(said).checkpoint_format
     tensors = list(hf_tensors(model, form))
-    total = sum(tensor.nbytes for tensor in tensors)
+    total = sum(tensor.nbytes for tensor in tensors) + offset_bytes(model)
     sources = [] if tokenizer_from is None else [Path(tokenizer_from)]
     with new_folder(directory, overwrite=overwrite, needed=total, sources=sources) as folder:
         if tokenizer_from is not None:
@@ -92,6 +93,8 @@ def write_checkpoint(
         if said is not None:
             write_json(folder / "quantize_config.json", said)
         _write_shards(folder, tensors, progress)
+        if has_offsets(model):
+            write_offsets(model, folder / OFFSET_FOLDER, model_name=str(directory))
 
 
 def _write_shards(folder: Path, tensors: list[HFTensor], progress: bool) -> None:

@@ -14,7 +14,7 @@ from lotaqaf_jax.models import Decoder, Linear, adapted_linears, linears
 from lotaqaf_jax.quant import QuantizedWeight, encode_zeros, packed_size
 from lotaqaf_jax.quant.weight import trivial_g_idx
 
-__all__ = ["HFTensor", "hf_tensors", "named_linears", "quantized_weights", "refuse_adapters"]
+__all__ = ["HFTensor", "hf_tensors", "named_linears", "quantized_weights", "refuse_adapters", "take"]
 
 
 _encode_zeros = jax.jit(encode_zeros, static_argnums=(1, 2))
@@ -52,11 +52,16 @@ def _at(stack: jax.Array, i: int | None) -> jax.Array:
     return stack if i is None else stack[i]
 
 
+def take(weight: QuantizedWeight, i: int | None) -> QuantizedWeight:
+    """Layer ``i`` of a stack of weights; the weight itself where ``i`` is None."""
+    return jax.tree.map(lambda stack: _at(stack, i), weight)
+
+
 def quantized_weights(model: Decoder) -> Iterator[tuple[str, QuantizedWeight]]:
     """Every quantised weight by the name of its module, one layer's arrays at a time."""
     for name, linear, i in named_linears(model):
         if linear.is_quantized:
-            yield name, jax.tree.map(lambda stack, i=i: _at(stack, i), linear.packed)
+            yield name, take(linear.packed, i)
 
 
 def refuse_adapters(model: Decoder) -> None:
