@@ -17,18 +17,20 @@ have.
 
 What is trained is what is shipped: mu is rounded to the type it will be stored in before it is used, and the weight is
 built by the same expression (:func:`lotaqaf_jax.quant.weight.affine`) from adapters and from merged words. Sums over D
-and T are sums of small integers, exact in float32 in any order; the two places that do round, the mean and the final
-product, stand behind optimisation barriers so that no compiler can round them differently in another program.
+and T are sums of small integers, exact in float32 in any order; the steps that do round are written in :func:`_mu` so
+that no compiler can round them differently in another program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.quant.weight import QuantizedWeight, affine
@@ -129,14 +131,37 @@ def _offset_scale(omega: float, offset: str) -> float:
 def _mu(
     w: QuantizedWeight, d: jax.Array, t: jax.Array, omega: float, offset: str, offset_dtype: Any
 ) -> jax.Array | None:
-    """mu (groups, out) in its storage type, or None for offset="none"."""
+    """mu (groups, out) in its storage type, or None for offset="none".
+
+    Compilers are free to contract a product and a sum into one operation that rounds once, and to turn a division into
+    a product with the reciprocal, and XLA does so in one program and not in another. So there is no division but the
+    reciprocal itself, every product that meets a sum is exact, and the two values that are not stand behind
+    ``reduce_precision``, which is part of the result and not a hint: float32 keeps 22 of its 23 bits.
+    """
     if offset == "none":
         return None
-    # sum(R) = sum(D) - omega * sum(T): both sums are exact, so the order of summation cannot matter.
-    taken = jax.lax.optimization_barrier(omega * w.group_sum(t).astype(jnp.float32))
+    total = w.group_sum(d)
+    taken = w.group_sum(t).astype(jnp.float32)
+    for part in _short_parts(omega):  # sum(R) = sum(D) - omega * sum(T)
+        total = total - part * taken
     rows = w.group_rows() * (omega if offset == "reference" else 1.0)
-    mu = (w.group_sum(d) - taken) / jax.lax.optimization_barrier(rows)
+    mean = total * jax.lax.reduce_precision(1.0 / rows, exponent_bits=8, mantissa_bits=22)
+    kept = jnp.finfo(offset_dtype)
+    mu = jax.lax.reduce_precision(mean, exponent_bits=kept.nexp, mantissa_bits=min(kept.nmant, 22))
     return jax.lax.optimization_barrier(mu.astype(offset_dtype))
+
+
+def _short_parts(value: float) -> list[float]:
+    """``value`` in float32 as a sum of at most three numbers of eight bits.
+
+    The product of one of them and an integer below 65536, the rows of any group, is exact in float32.
+    """
+    rest, parts = float(np.float32(value)), []
+    while rest:
+        mantissa, exponent = math.frexp(rest)
+        parts.append(math.ldexp(math.trunc(mantissa * 256), exponent - 8))
+        rest -= parts[-1]
+    return parts
 
 
 def adapter_gradients(

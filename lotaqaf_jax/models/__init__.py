@@ -11,12 +11,14 @@ from lotaqaf_jax.models.adapters import (
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.layers import Linear, PackedWeight, Ternary
+from lotaqaf_jax.models.presets import PRESETS, preset
 from lotaqaf_jax.models.pretrained import init_decoder, load_pretrained
 from lotaqaf_jax.models.registry import KNOWN_MODELS, local_folder
 from lotaqaf_jax.models.spec import PROJECTIONS, DecoderSpec, LinearSpec, QuantSpec, dense_spec
 
 __all__ = [
     "KNOWN_MODELS",
+    "PRESETS",
     "PROJECTIONS",
     "TARGET_MODULES",
     "Decoder",
@@ -36,4 +38,5 @@ __all__ = [
     "local_folder",
     "merge",
     "moved_shares",
+    "preset",
 ]

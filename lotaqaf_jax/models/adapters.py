@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.errors import AdapterError, ConfigError
 from lotaqaf_jax.kernels import TernaryAdapter
 from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.layers import Linear, Ternary
@@ -68,21 +68,26 @@ def add_adapters(
         target_modules: names of the projections to adapt, of :data:`TARGET_MODULES`. A projection that is held in
             16 bit has no integers to move and is passed over.
         seed: each adapter depends on this and on its module's name alone.
-        offset_dtype: the type mu will be stored in.
+        offset_dtype: the type mu will be stored in: float32, bfloat16 or float16.
 
     Returns:
         A new model over the same weights, with int8 adapters.
 
     Raises:
-        ConfigError: rank, omega or offset out of range, an unknown target, or nothing to adapt.
+        ConfigError: rank, omega, offset or its type out of range, an unknown target, or nothing to adapt.
+        AdapterError: the model has adapters already, or a merged offset.
     """
     omega = 0.75 * rank if omega is None else omega
     check_settings(rank, omega, offset)
+    dtype = _offset_type(offset_dtype)
+    if not target_modules:
+        raise ConfigError(f"target_modules: none given; expected some of {', '.join(TARGET_MODULES)}.")
     unknown = sorted(set(target_modules) - set(TARGET_MODULES))
     if unknown:
         raise ConfigError(
             f"target_modules: {', '.join(unknown)} not known; expected some of {', '.join(TARGET_MODULES)}."
         )
+    _check_unadapted(model)
     model = _shallow_copy(model)
     adapted = 0
     for names, linear in linears(model):
@@ -91,7 +96,7 @@ def add_adapters(
         n_in, n_out = linear.packed.shape
         labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
         a, b = _init_stack(seed, labels, n_in, n_out, rank)
-        linear.adapter = Ternary(TernaryAdapter(a, b, float(omega), offset, jnp.dtype(offset_dtype)))
+        linear.adapter = Ternary(TernaryAdapter(a, b, float(omega), offset, dtype))
         adapted += len(names)
     if not adapted:
         raise ConfigError(
@@ -99,6 +104,29 @@ def add_adapters(
             "to move. Pass a GPTQ checkpoint."
         )
     return model
+
+
+def _offset_type(offset_dtype: Any) -> Any:
+    names = [jnp.dtype(kind).name for kind in (jnp.float32, jnp.bfloat16, jnp.float16)]
+    try:
+        dtype = jnp.dtype(offset_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in names:
+        found = repr(offset_dtype) if dtype is None else dtype.name
+        raise ConfigError(f"offset_dtype: found {found}, expected one of {', '.join(names)}.")
+    return dtype
+
+
+def _check_unadapted(model: Decoder) -> None:
+    for names, linear in linears(model):
+        if linear.ternary is not None:
+            raise AdapterError(f"{names[0]} has adapters already; merge them, or start again from the checkpoint.")
+        if linear.is_quantized and linear.packed.offset is not None:
+            raise AdapterError(
+                f"{names[0]} holds the offset of an earlier merge, which further adapters would replace. Start "
+                "from the checkpoint as it was before the merge."
+            )
 
 
 def merge(model: Decoder) -> Decoder:

@@ -15,7 +15,10 @@ _MODEL_TYPES = ("llama", "qwen2")
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
-    """Frequency scaling of ``rope_type: llama3``; its formula is in :mod:`lotaqaf_jax.models.rope`."""
+    """Frequency scaling of ``rope_type: llama3`` (Llama 3.1 and later).
+
+    :func:`lotaqaf_jax.models.rope.inverse_frequencies` says what it computes.
+    """
 
     factor: float
     low_freq_factor: float
@@ -71,8 +74,15 @@ class DecoderConfig:
         _refuse_unsupported(config)
         hidden = _integer(config, "hidden_size")
         heads = _integer(config, "num_attention_heads")
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or hidden // heads
+        kv_heads = heads if config.get("num_key_value_heads") is None else _integer(config, "num_key_value_heads")
+        if config.get("head_dim") is not None:
+            head_dim = _integer(config, "head_dim")
+        elif hidden % heads:
+            raise ConfigError(
+                f"config.json: hidden_size {hidden} is not a multiple of {heads} heads; head_dim is needed."
+            )
+        else:
+            head_dim = hidden // heads
         if heads % kv_heads:
             raise ConfigError(f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads.")
         if head_dim % 2:
@@ -89,7 +99,7 @@ class DecoderConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             qkv_bias=True if model_type == "qwen2" else attention_bias,
@@ -104,6 +114,13 @@ def _integer(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"config.json: {key} is {value!r}, expected a positive integer.")
     return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float | None = None, where: str = "") -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ConfigError(f"config.json: {where}{key} is {value!r}, expected a positive number.")
+    return float(value)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -122,23 +139,25 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
     """Return (theta, scaling) from either spelling; ``rope_parameters`` wins where both are given."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ConfigError(f"config.json: {key} is {config[key]!r}, expected an object.")
     parameters = config.get("rope_parameters") or {}
     scaling = parameters or config.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    theta = _number(parameters if "rope_theta" in parameters else config, "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise ConfigError(
             f"config.json: rope_type is {kind!r}, expected 'default' or 'llama3'. Remove the scaling if the model is "
             "used within its original context length."
         )
-    try:
-        return float(theta), Llama3Rope(
-            factor=float(scaling["factor"]),
-            low_freq_factor=float(scaling["low_freq_factor"]),
-            high_freq_factor=float(scaling["high_freq_factor"]),
-            original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-        )
-    except KeyError as missing:
-        raise ConfigError(f"config.json: rope_type 'llama3' needs {missing.args[0]!r}, which is missing.") from None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in keys:
+        if key not in scaling:
+            raise ConfigError(f"config.json: rope_type 'llama3' needs {key!r}, which is missing.")
+    factor, low, high, original = (_number(scaling, key, where="rope_type 'llama3': ") for key in keys)
+    if high <= low:
+        raise ConfigError(f"config.json: high_freq_factor is {high}, expected more than low_freq_factor, {low}.")
+    return theta, Llama3Rope(factor, low, high, int(original))

@@ -89,7 +89,9 @@ def read_spec(folder: CheckpointFolder, config: DecoderConfig) -> DecoderSpec:
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            problems.expect(f"{prefix}.{norm}.weight", (hidden,), _FLOATS)
+            # Stacked, they need one type: the one that holds every value of all.
+            found = problems.expect(f"{prefix}.{norm}.weight", (hidden,), _FLOATS)
+            norm_dtype = jnp.promote_types(norm_dtype, found)
         layers.append(
             tuple(
                 (path, _linear_spec(problems, f"{prefix}.{path}", *shape))
@@ -97,7 +99,7 @@ def read_spec(folder: CheckpointFolder, config: DecoderConfig) -> DecoderSpec:
             )
         )
     head = None
-    if not config.tie_word_embeddings:
+    if not config.tie_word_embeddings or _has_own_head(folder):
         head = _linear_spec(problems, "lm_head", hidden, config.vocab_size, False)
     _check_unused(problems, config)
     problems.raise_if_any()
@@ -131,9 +133,24 @@ def _linear_spec(problems: _Problems, name: str, n_in: int, n_out: int, bias: bo
     return LinearSpec(n_in, n_out, bias, spec, dtype, bias_dtype)
 
 
+def _has_own_head(folder: CheckpointFolder) -> bool:
+    """Whether a model of tied embeddings brings a head that is not its embedding, which then counts."""
+    if "lm_head.qweight" in folder.tensors:
+        return True
+    entries = [folder.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if None in entries:
+        return False
+    head, embedding = folder.read("lm_head.weight"), folder.read("model.embed_tokens.weight")
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        return True
+    rows = range(0, len(head), 1024)  # in parts: comparing whole tables would make a table of the same length
+    return not all(np.array_equal(head[i : i + 1024], embedding[i : i + 1024]) for i in rows)
+
+
 def _check_unused(problems: _Problems, config: DecoderConfig) -> None:
-    for name in problems.folder.tensors.keys() - problems.used:
-        if name.endswith(_IGNORED) or (config.tie_word_embeddings and name.startswith("lm_head.")):
+    for name in sorted(problems.folder.tensors.keys() - problems.used):
+        # A copy of the embedding: a head of its own has been used above.
+        if name.endswith(_IGNORED) or (config.tie_word_embeddings and name == "lm_head.weight"):
             continue
         # Some GPTQ writers add a bias of zeros to every projection; it is no part of the architecture.
         if name.endswith(".bias") and not np.any(problems.folder.read(name)):
@@ -185,7 +202,7 @@ def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress
 
         # Copied, since a CPU array may otherwise be a view of the file, which another process can overwrite.
         decoder.embed_tokens.weight.set_value(jnp.array(read("model.embed_tokens.weight")))
-        decoder.norm.weight.set_value(jnp.array(read("model.norm.weight")))
+        decoder.norm.weight.set_value(jnp.array(read("model.norm.weight"), spec.norm_dtype))
         for segment, (start, count) in zip(decoder.segments, spec.runs(), strict=True):
             prefixes = [f"model.layers.{i}" for i in range(start, start + count)]
             for norm in ("input_layernorm", "post_attention_layernorm"):

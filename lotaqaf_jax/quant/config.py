@@ -48,8 +48,9 @@ class QuantizationConfig:
             where: what to call it in errors.
 
         Raises:
-            ConfigError: no bits, an unsupported width, method or format.
+            ConfigError: no bits, an unsupported width, method or format, or a part of the wrong type.
         """
+        config = _object(config, where)
         method = config.get("quant_method") or config.get("method") or "gptq"
         if method != "gptq":
             raise ConfigError(f"{where}: quant_method is {method!r}, expected 'gptq'. Quantise the model with GPTQ.")
@@ -71,7 +72,7 @@ class QuantizationConfig:
             default=default,
             checkpoint_format=check_format(stored, f"{where}: checkpoint_format"),
             lm_head=_or(config.get("lm_head"), False),
-            dynamic=_dynamic(config.get("dynamic") or {}, where),
+            dynamic=_dynamic(_object(config.get("dynamic") or {}, f"{where}: dynamic"), where),
         )
 
     def for_module(self, name: str) -> ModuleQuantization | None:
@@ -93,6 +94,12 @@ def _or(value: bool | None, default: bool) -> bool:
     return default if value is None else bool(value)
 
 
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: found {type(value).__name__}, expected an object. Restore the config file.")
+    return value
+
+
 def _group_size(value: Any, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or (value != -1 and value < 1):
         raise ConfigError(f"{where}: group_size is {value!r}, expected a positive integer, or -1 for one group.")
@@ -111,7 +118,7 @@ def _dynamic(rules: Mapping[str, Any], where: str) -> tuple[tuple[str, tuple[tup
         if key.startswith("-:"):
             parsed.append((pattern, None))
             continue
-        overrides = dict(overrides or {})
+        overrides = _object(overrides or {}, place)
         if "bits" in overrides:
             check_bits(overrides["bits"], f"{place}: bits")
         if "group_size" in overrides:

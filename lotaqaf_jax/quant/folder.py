@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lotaqaf_jax.errors import CheckpointError
+from lotaqaf_jax.errors import CheckpointError, ConfigError
 from lotaqaf_jax.quant.config import QuantizationConfig
 
 __all__ = ["CheckpointFolder", "TensorEntry", "read_header", "read_json"]
@@ -119,7 +119,8 @@ class CheckpointFolder:
     Attributes:
         path: the folder.
         config: the parsed config.json.
-        quantization: the GPTQ config, or None for a 16-bit checkpoint.
+        quantization: the GPTQ config, or None for a 16-bit checkpoint; from config.json, completed by
+            quantize_config.json where that exists.
         tensors: every tensor of every shard by name.
     """
 
@@ -128,31 +129,47 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: not a folder, no config or weights, a shard missing or damaged.
-            ConfigError: a quantisation config that cannot be read.
+            ConfigError: a quantisation config that cannot be read, or two that contradict each other.
         """
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: no such folder. Pass the folder of a GPTQ checkpoint.")
+            problem = "not a folder" if self.path.exists() else "no such folder"
+            raise CheckpointError(f"{self.path}: {problem}. Pass the folder of a GPTQ checkpoint.")
         self.config = read_json(self.path / "config.json")
         self.quantization = self._read_quantization()
         self.tensors: Mapping[str, TensorEntry] = self._read_headers()
 
     def _read_quantization(self) -> QuantizationConfig | None:
         embedded = self.config.get("quantization_config")
-        if embedded is not None:
-            return QuantizationConfig.from_hf(embedded, f"{self.path}/config.json: quantization_config")
         beside = self.path / "quantize_config.json"
-        if beside.is_file():
+        if not beside.is_file():
+            where = f"{self.path / 'config.json'}: quantization_config"
+            return None if embedded is None else QuantizationConfig.from_hf(embedded, where)
+        if not isinstance(embedded, dict):
             return QuantizationConfig.from_hf(read_json(beside), str(beside))
-        return None
+        # Some software reads one file and some the other, so they may complete, but not contradict, each other.
+        other = read_json(beside)
+        for key in ("bits", "group_size", "checkpoint_format"):
+            pair = embedded.get(key), other.get(key)
+            if None not in pair and pair[0] != pair[1]:
+                raise ConfigError(
+                    f"{self.path}: {key} is {pair[0]} in config.json but {pair[1]} in quantize_config.json. Remove the "
+                    "file that does not belong to these weights, or correct it."
+                )
+        said = {key: value for key, value in embedded.items() if value is not None}
+        return QuantizationConfig.from_hf({**other, **said}, f"{self.path / 'config.json'}: quantization_config")
 
     def _read_headers(self) -> dict[str, TensorEntry]:
         index = self.path / INDEX
         if not index.is_file():
             return read_header(self._single_file())
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: 'weight_map' is missing or empty. Download the index again.")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(v, str) for v in weight_map.values())
+        ):
+            raise CheckpointError(f"{index}: 'weight_map' is missing, empty or damaged. Download the index again.")
         tensors: dict[str, TensorEntry] = {}
         for shard in dict.fromkeys(weight_map.values()):
             tensors.update(read_header(self.path / shard))

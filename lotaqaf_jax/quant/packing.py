@@ -9,6 +9,7 @@ Source: the ``qweight`` and ``qzeros`` layout of GPTQ checkpoints, formats ``gpt
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -34,7 +35,8 @@ def check_bits(bits: int, where: str = "bits") -> int:
     Raises:
         ConfigError: the width is not one of 2, 3, 4, 8.
     """
-    if bits not in SUPPORTED_BITS:
+    # 4.0 and True compare equal to integers, but are none.
+    if type(bits) is not int or bits not in SUPPORTED_BITS:
         raise ConfigError(
             f"{where}: {bits!r} is not a supported width; expected one of {SUPPORTED_BITS}. "
             "Quantise the model to one of these widths."
@@ -73,14 +75,21 @@ def unpack(words: ArrayLike, bits: int, count: int, axis: int = 0) -> jax.Array:
         ValueError: ``axis`` does not have the number of words that ``count`` values need.
     """
     check_bits(bits)
-    stream = jnp.moveaxis(jnp.asarray(words), axis, -1)
+    stream = jnp.asarray(words)
     expected = packed_size(count, bits)
-    if stream.shape[-1] != expected:
-        raise ValueError(f"{count} values of {bits} bits need {expected} words, found {stream.shape[-1]}")
-    stream = jax.lax.bitcast_convert_type(stream, jnp.uint32)
+    if stream.shape[axis] != expected:
+        raise ValueError(f"{count} values of {bits} bits need {expected} words, found {stream.shape[axis]}")
+    return _unpack(stream, bits, count, axis)
+
+
+# Compiled as one, so that a plain call does not compile a dozen small operations for every new shape; inlined, so that
+# under another jit it is as if this were not here.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _unpack(words: jax.Array, bits: int, count: int, axis: int) -> jax.Array:
+    stream = jax.lax.bitcast_convert_type(jnp.moveaxis(words, axis, -1), jnp.uint32)
     values, period_words, first, shift = _layout(bits)
     periods = -(-count // values)
-    missing = periods * period_words - expected
+    missing = periods * period_words - stream.shape[-1]
     stream = jnp.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, missing)])
     stream = stream.reshape(*stream.shape[:-1], periods, period_words)
     fields = stream[..., first] >> shift
@@ -110,7 +119,12 @@ def pack(values: ArrayLike, bits: int, axis: int = 0) -> jax.Array:
         ConfigError: an unsupported width.
     """
     check_bits(bits)
-    fields = jnp.moveaxis(jnp.asarray(values), axis, -1).astype(jnp.uint32) & np.uint32(2**bits - 1)
+    return _pack(jnp.asarray(values), bits, axis)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _pack(values: jax.Array, bits: int, axis: int) -> jax.Array:
+    fields = jnp.moveaxis(values, axis, -1).astype(jnp.uint32) & np.uint32(2**bits - 1)
     count = fields.shape[-1]
     period_values, period_words, first, shift = _layout(bits)
     periods = -(-count // period_values)

@@ -123,6 +123,9 @@ class QuantizedWeight:
             in_features = np.shape(g_idx)[0] if g_idx is not None else np.shape(qweight)[0] * 32 // bits
         groups = group_count(in_features, group_size)
         _expect(name, "qzeros", np.shape(qzeros), (groups, packed_size(out_features, bits)))
+        _expect_int32(name, "qzeros", qzeros)
+        if g_idx is not None:
+            _expect_int32(name, "g_idx", g_idx)
         if g_idx is not None and np.array_equal(np.asarray(g_idx), trivial_g_idx(in_features, group_size)):
             g_idx = None
         weight = cls(
@@ -142,7 +145,8 @@ class QuantizedWeight:
     def to_gptq(self) -> dict[str, jax.Array]:
         """The four arrays of a GPTQ checkpoint: ``qweight``, ``qzeros``, ``scales``, ``g_idx``.
 
-        The exact inverse of :meth:`from_gptq` in the same ``checkpoint_format``. A GPTQ file has no place for
+        The exact inverse of :meth:`from_gptq` in the same ``checkpoint_format``; only bits that no zero point uses, at
+        the end of a row whose last word is not full, are not kept. A GPTQ file has no place for
         ``offset``; it is not among the arrays, and whoever writes a merged weight puts it elsewhere.
         """
         g_idx = self.g_idx
@@ -205,21 +209,20 @@ class QuantizedWeight:
         in_features, out_features = self.shape
         words = packed_size(in_features, self.bits)
         _expect(name, "qweight", self.qweight.shape[stacked:], (words, out_features))
-        if self.qweight.dtype != jnp.int32:
-            raise CheckpointError(f"{name}.qweight: found {self.qweight.dtype}, expected int32.")
+        _expect_int32(name, "qweight", self.qweight)
         _expect(name, "scales", self.scales.shape[stacked:], (self.groups, out_features))
-        if not jnp.issubdtype(self.scales.dtype, jnp.floating):
-            raise CheckpointError(f"{name}.scales: found {self.scales.dtype}, expected a float type.")
-        finite = np.isfinite(np.asarray(self.scales, np.float32))
-        if not finite.all():
-            place = tuple(int(i) for i in np.argwhere(~finite)[0])
-            raise CheckpointError(
-                f"{name}.scales: {np.count_nonzero(~finite)} of {finite.size} values are NaN or infinite, "
-                f"the first at {place}. The checkpoint is damaged or its quantisation overflowed; quantise it again."
-            )
+        _expect_finite(name, "scales", self.scales)
         _expect(name, "zeros", self.zeros.shape[stacked:], (self.groups, out_features))
+        if self.zeros.dtype != jnp.uint8:
+            raise CheckpointError(f"{name}.zeros: found {self.zeros.dtype}, expected uint8.")
+        largest = int(np.asarray(self.zeros).max())
+        if largest > 2**self.bits - 1:
+            raise CheckpointError(
+                f"{name}.zeros: values up to {largest}, expected at most {2**self.bits - 1} for {self.bits} bits."
+            )
         if self.g_idx is not None:
             _expect(name, "g_idx", self.g_idx.shape[stacked:], (in_features,))
+            _expect_int32(name, "g_idx", self.g_idx)
             index = np.asarray(self.g_idx)
             if index.min() < 0 or index.max() >= self.groups:
                 raise CheckpointError(
@@ -228,6 +231,24 @@ class QuantizedWeight:
                 )
         if self.offset is not None:
             _expect(name, "offset", self.offset.shape[stacked:], (self.groups, out_features))
+            _expect_finite(name, "offset", self.offset)
+
+
+def _expect_int32(name: str, tensor: str, found: Any) -> None:
+    if jnp.result_type(found) != jnp.int32:
+        raise CheckpointError(f"{name}.{tensor}: found {jnp.result_type(found)}, expected int32.")
+
+
+def _expect_finite(name: str, tensor: str, found: jax.Array) -> None:
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise CheckpointError(f"{name}.{tensor}: found {found.dtype}, expected a float type.")
+    finite = np.isfinite(np.asarray(found, np.float32))
+    if not finite.all():
+        place = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise CheckpointError(
+            f"{name}.{tensor}: {np.count_nonzero(~finite)} of {finite.size} values are NaN or infinite, "
+            f"the first at {place}. The checkpoint is damaged or its quantisation overflowed; quantise it again."
+        )
 
 
 def _expect(name: str, tensor: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -1,0 +1,72 @@
+"""Tiny decoders with random weights, quantised or dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, dense_spec, linears
+from lotaqaf_jax.models.layers import Linear, Ternary
+from tests.weights import Grid, quantized, random_numbers
+
+CONFIG = DecoderConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 500.0,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def quantized_decoder(
+    config: DecoderConfig = CONFIG, quant: QuantSpec | None = None, seed: int = 0, dtype: Any = jnp.float32
+) -> Decoder:
+    """A decoder whose projections are random integers, and everything else random floats."""
+    quant = quant or QuantSpec(4, 16)
+    rng = np.random.default_rng(seed)
+    model = Decoder(config, dense_spec(config, jnp.float16, quant), dtype)
+    for names, linear in linears(model):
+        fill(linear, quant, rng, len(names))
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param):
+            array = variable.get_value()
+            mean = 1.0 if "norm" in str(path[-2]) else 0.0
+            variable.set_value(jnp.asarray(rng.normal(mean, 0.3, array.shape), array.dtype))
+    return model
+
+
+def fill(linear: Linear, quant: QuantSpec, rng: np.random.Generator, layers: int) -> None:
+    """Give a stack of layers random integers, zeros, and scales that keep activations near 1."""
+    n_in, n_out = linear.packed.shape
+    grid = Grid(quant.bits, n_in, n_out, quant.group_size, quant.act_order)
+    stack = []
+    for _ in range(layers):
+        numbers = random_numbers(rng, grid)
+        numbers["scales"] = (numbers["scales"] * (20 / 2**quant.bits / np.sqrt(n_in))).astype(np.float16)
+        stack.append(quantized(numbers, grid))
+    linear.weight.set_value(jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack))
+
+
+def set_random_adapters(model: Decoder, seed: int = 0, kind: Any = jnp.int8) -> None:
+    """Replace the adapters of ``model`` by random ternary ones, A and B both, of type ``kind``."""
+    rng = np.random.default_rng(seed)
+    for _, linear in linears(model):
+        if linear.ternary is not None:
+            a, b = (jnp.asarray(rng.integers(-1, 2, leaf.shape), kind) for leaf in (linear.ternary.a, linear.ternary.b))
+            linear.adapter = Ternary(dataclasses.replace(linear.ternary, a=a, b=b))
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> jax.Array:
+    """Random token ids of the tiny vocabulary."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length)), jnp.int32)
