@@ -22,7 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     merge = commands.add_parser(
-        "merge", help="base + adapter -> merged GPTQ folder, verified before it appears", description=merge_command.__doc__
+        "merge",
+        help="base + adapter -> merged GPTQ folder, verified before it appears",
+        description=merge_command.__doc__,
     )
     _model(merge)
     merge.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="adapter folder (required)")
@@ -51,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     _model(verify)
     verify.add_argument("--merged", type=Path, required=True, metavar="FOLDER", help="merged folder (required)")
     verify.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="adapter folder; without it logits are not compared (default: none)"
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="adapter folder; without it logits are not compared (default: none)",
     )
     _report(verify)
 
@@ -90,7 +95,9 @@ def _target(command: argparse.ArgumentParser) -> None:
 
 
 def _report(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the tokens to compare on (default: 0)")
+    command.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the tokens to compare on (default: 0)"
+    )
     command.add_argument(
         "--report", type=Path, metavar="FILE", help="write the report as JSON to this file (default: print it only)"
     )

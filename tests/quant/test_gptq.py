@@ -211,9 +211,7 @@ def test_weights_on_a_grid_come_back_exactly(bits: int, sym: bool, seed: int) ->
     weight = (scales[:, None] * (integers - zeros[:, None]).astype(np.float32)).reshape(-1, out)
     _, hessian = problem(groups * size, 1, seed)
 
-    result = quantize_layer(
-        weight, hessian, bits=bits, group_size=size, sym=sym, desc_act=False, grid_search=sym
-    )
+    result = quantize_layer(weight, hessian, bits=bits, group_size=size, sym=sym, desc_act=False, grid_search=sym)
     np.testing.assert_array_equal(result.dequantize(), weight)
     np.testing.assert_array_equal(result.integers, integers.reshape(-1, out))
     np.testing.assert_array_equal(result.zeros, zeros)
@@ -410,11 +408,7 @@ def test_trained_layer_beats_round_to_nearest(shared: Path, bits: int) -> None:
     tensors = {key: value.astype(np.float32) for key, value in safetensors.load_file(path).items()}
     layer = "model.layers.0."
     x = tensors["model.embed_tokens.weight"]
-    x = (
-        x
-        / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
-        * tensors[layer + "post_attention_layernorm.weight"]
-    )
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * tensors[layer + "post_attention_layernorm.weight"]
     gate, up = x @ tensors[layer + "mlp.gate_proj.weight"].T, x @ tensors[layer + "mlp.up_proj.weight"].T
     inputs = gate / (1 + np.exp(-gate)) * up
     weight = tensors[layer + "mlp.down_proj.weight"].T

@@ -11,7 +11,35 @@ from lotaqaf_jax.training import parse_config
 
 BASE = ["--model", "folder", "--dataset", "rows.jsonl"]
 
-PROMISED = ["model", "dataset", "output_dir", "max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "lora_r", "omega", "offset", "sigma_schedule", "target_modules", "packing", "gradient_checkpointing", "seed", "logging_steps", "eval_steps", "val_size", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "max_samples", "dry_run", "overwrite_output_dir", "config"]
+PROMISED = [
+    "model",
+    "dataset",
+    "output_dir",
+    "max_seq_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "lora_r",
+    "omega",
+    "offset",
+    "sigma_schedule",
+    "target_modules",
+    "packing",
+    "gradient_checkpointing",
+    "seed",
+    "logging_steps",
+    "eval_steps",
+    "val_size",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "max_samples",
+    "dry_run",
+    "overwrite_output_dir",
+    "config",
+]
 
 
 @pytest.mark.parametrize("name", PROMISED)
