@@ -1,0 +1,28 @@
+"""Conversion: GPTQ in, GPTQ out, adapters and offsets beside, and the proof that nothing else changed.
+
+>>> import convert
+>>> convert.save_pretrained(merged, "output/merged", base="folder/of/the/base")  # doctest: +SKIP
+"""
+
+from convert.adapter import load_adapter, save_adapter
+from convert.fingerprint import fingerprint
+from convert.gptq import export_gptq
+from convert.hf import write_checkpoint
+from convert.merged import load_merged
+from convert.save import TARGETS, merge_and_save, save_pretrained
+from convert.verify import ModuleReport, Report, verify
+
+__all__ = [
+    "TARGETS",
+    "ModuleReport",
+    "Report",
+    "export_gptq",
+    "fingerprint",
+    "load_adapter",
+    "load_merged",
+    "merge_and_save",
+    "save_adapter",
+    "save_pretrained",
+    "verify",
+    "write_checkpoint",
+]

@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "LotaError",
+    "OutputError",
     "TrainingError",
     "VerificationError",
 ]
@@ -36,6 +37,10 @@ class DataError(LotaError, ValueError):
 
 class AdapterError(LotaError, ValueError):
     """An adapter that does not fit the model, or that was trained on another base."""
+
+
+class OutputError(LotaError, OSError):
+    """A folder or file that cannot be written: no space, no permission."""
 
 
 class TrainingError(LotaError, RuntimeError):

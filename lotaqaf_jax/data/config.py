@@ -68,13 +68,9 @@ class DataConfig:
         if not self.dataset:
             raise DataError("dataset is empty; give a file, a folder, a hub name or a preset")
         if self.val_size < 0 or (self.val_size >= 1 and self.val_size != int(self.val_size)):
-            raise DataError(
-                f"val_size is {self.val_size}; give a count (1, 2, ...) or a share between 0 and 1"
-            )
+            raise DataError(f"val_size is {self.val_size}; give a count (1, 2, ...) or a share between 0 and 1")
         if self.val_size and self.has_eval_dataset:
-            raise DataError(
-                "val_size and eval_dataset/eval_split both name the held-out rows; give only one of them"
-            )
+            raise DataError("val_size and eval_dataset/eval_split both name the held-out rows; give only one of them")
         if not 0 <= self.seed < 2**32:
             raise DataError(f"seed is {self.seed}; give a number from 0 to 2**32 - 1")
 

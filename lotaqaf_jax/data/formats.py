@@ -117,15 +117,11 @@ def _read_chat(row: Row, column: str, role_key: str, text_key: str, roles: Mappi
             )
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in roles:
-            raise DataError(
-                f"column {column!r}, turn {number} has role {role!r}; known are {', '.join(roles)}"
-            )
+            raise DataError(f"column {column!r}, turn {number} has role {role!r}; known are {', '.join(roles)}")
         try:
             messages.append(Message(roles[role], _string(turn, text_key)))
         except DataError as error:
-            raise DataError(
-                f"column {column!r}, turn {number}: {error}".replace(": column", ": field")
-            ) from None
+            raise DataError(f"column {column!r}, turn {number}: {error}".replace(": column", ": field")) from None
     _check_order(messages, column)
     return Chat(tuple(messages))
 

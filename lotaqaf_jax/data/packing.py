@@ -23,9 +23,7 @@ Batch = dict[str, NDArray[np.int32]]
 Plan = Sequence[Sequence[int]]
 
 
-def plan_rows(
-    lengths: Sequence[int] | NDArray[np.int64], row_length: int, *, packing: bool, seed: int
-) -> Plan:
+def plan_rows(lengths: Sequence[int] | NDArray[np.int64], row_length: int, *, packing: bool, seed: int) -> Plan:
     """Which examples stand in which row.
 
     With packing, best fit decreasing: the longest example first, each into the fullest row that still has

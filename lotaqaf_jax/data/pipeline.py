@@ -44,9 +44,7 @@ class _Rows:
     pad_id: int
 
     def collate(self, rows: Sequence[Sequence[int]]) -> Batch:
-        return collate(
-            rows, self.examples, batch_size=self.batch_size, row_length=self.row_length, pad_id=self.pad_id
-        )
+        return collate(rows, self.examples, batch_size=self.batch_size, row_length=self.row_length, pad_id=self.pad_id)
 
     @property
     def num_batches(self) -> int:
@@ -69,10 +67,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         size = self._rows.batch_size
-        return (
-            self._rows.collate(self._rows.plan[start * size : (start + 1) * size])
-            for start in range(len(self))
-        )
+        return (self._rows.collate(self._rows.plan[start * size : (start + 1) * size]) for start in range(len(self)))
 
 
 class BatchStream:
@@ -211,9 +206,7 @@ class DataReport:
         if self.dropped:
             lines.append(f"dropped      {self.dropped:,} examples without a label after truncation")
         if self.skipped:
-            lines.append(
-                f"skipped      {len(self.skipped):,} rows that cannot be used; the first: {self.skipped[0]}"
-            )
+            lines.append(f"skipped      {len(self.skipped):,} rows that cannot be used; the first: {self.skipped[0]}")
         if self.unknown_tokens:
             lines.append(f"unknown      {self.unknown_tokens:,} tokens that the tokenizer does not know")
         if self.ignored_columns:
@@ -317,9 +310,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase, limits: Limits, source: Examples, *, progress: bool, skip_bad: bool
 ) -> TokenizedExamples:
     try:
-        return tokenize_examples(
-            tokenizer, source.examples, source.where, limits, skip_bad=skip_bad, progress=progress
-        )
+        return tokenize_examples(tokenizer, source.examples, source.where, limits, skip_bad=skip_bad, progress=progress)
     except DataError as error:
         raise DataError(f"{source.name}: {error}") from error
 
@@ -329,9 +320,7 @@ def _split(source: Examples, val_size: float, seed: int) -> tuple[Examples, Exam
     total = len(source.examples)
     count = int(val_size) if val_size >= 1 else max(1, round(total * val_size))
     if count >= total:
-        raise DataError(
-            f"{source.name}: val_size {val_size} leaves none of the {total} examples for training"
-        )
+        raise DataError(f"{source.name}: val_size {val_size} leaves none of the {total} examples for training")
     order = np.random.default_rng([seed, 2]).permutation(total)
     return _select(source, sorted(order[count:].tolist())), _select(source, sorted(order[:count].tolist()))
 

@@ -20,9 +20,7 @@ __all__ = ["preview"]
 _LOSS, _DIM, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
-def preview(
-    stream: BatchStream, tokenizer: PreTrainedTokenizerBase, n: int = 3, *, color: bool = False
-) -> str:
+def preview(stream: BatchStream, tokenizer: PreTrainedTokenizerBase, n: int = 3, *, color: bool = False) -> str:
     """The first ``n`` examples of the first batches, just as the model gets them; the stream does not move.
 
     Neighbouring tokens with the same mask share a line. A line begins with ``loss`` if the model is trained
@@ -41,9 +39,7 @@ def preview(
             break
         in_loss = labels != IGNORE
         lines.append(f"row {row}, example {segment}: {len(ids)} tokens, {in_loss.sum()} in the loss")
-        for loss, group in groupby(
-            zip(ids.tolist(), in_loss.tolist(), strict=True), key=lambda pair: pair[1]
-        ):
+        for loss, group in groupby(zip(ids.tolist(), in_loss.tolist(), strict=True), key=lambda pair: pair[1]):
             tokens = [_show(tokenizer, token) for token, _ in group]
             text = f"{'loss' if loss else '-':<4} {'·'.join(tokens)}  ({len(tokens)})"
             lines.append(f"  {_LOSS if loss else _DIM}{text}{_PLAIN}" if color else f"  {text}")

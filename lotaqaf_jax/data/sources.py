@@ -133,9 +133,7 @@ def load_examples(
             places.append(row.where)
         except DataError as error:
             if not skip_bad_rows:
-                raise DataError(
-                    f"{row.where}: {error}. Mend the row, or leave out such rows (skip_bad_rows)"
-                ) from None
+                raise DataError(f"{row.where}: {error}. Mend the row, or leave out such rows (skip_bad_rows)") from None
             skipped.append(f"{row.where}: {error}")
     if not examples:
         raise DataError(f"{name}: none of the {len(rows)} rows can be used; the first: {skipped[0]}")
@@ -185,9 +183,7 @@ def find_split(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: no file of that split, or files of two kinds; lists the data files there are.
     """
-    files = [
-        file for place in (folder, folder / "data") if place.is_dir() for file in sorted(place.iterdir())
-    ]
+    files = [file for place in (folder, folder / "data") if place.is_dir() for file in sorted(place.iterdir())]
     files = [file for file in files if file.is_file() and _extension(file) is not None]
     aliases = next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
     pattern = re.compile(rf"({'|'.join(map(re.escape, aliases))})([-_.].*)?")
@@ -196,13 +192,9 @@ def find_split(folder: Path, split: str) -> list[Path]:
         return files
     listing = ", ".join(file.name for file in files) or "none"
     if not found:
-        raise DataError(
-            f"folder {str(folder)!r} has no file for split {split!r} (data files: {listing}); give a file"
-        )
+        raise DataError(f"folder {str(folder)!r} has no file for split {split!r} (data files: {listing}); give a file")
     if len({_extension(file) for file in found}) > 1:
-        raise DataError(
-            f"folder {str(folder)!r} has split {split!r} in more than one kind ({listing}); give a file"
-        )
+        raise DataError(f"folder {str(folder)!r} has split {split!r} in more than one kind ({listing}); give a file")
     return found
 
 
@@ -232,9 +224,7 @@ def read_file(path: Path) -> list[Row]:
                 with gzip.open(path, "rb") as packed, plain.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise DataError(
-                    f"file {str(path)!r} is not a whole gzip file: {error}; fetch it again"
-                ) from error
+                raise DataError(f"file {str(path)!r} is not a whole gzip file: {error}; fetch it again") from error
         return _READERS[extension](path.name, plain, scratch)
 
 
@@ -247,9 +237,7 @@ def _read_json(name: str, path: Path, scratch: str) -> list[Row]:
     try:
         items = json.loads("\n".join(lines))
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{name}, line {error.lineno}: invalid JSON, {error.msg} (column {error.colno})"
-        ) from None
+        raise DataError(f"{name}, line {error.lineno}: invalid JSON, {error.msg} (column {error.colno})") from None
     return [_json_row(f"{name}, row {number}", item) for number, item in enumerate(items, start=1)]
 
 
@@ -262,9 +250,7 @@ def _read_jsonl(name: str, path: Path, scratch: str) -> list[Row]:
         try:
             rows.append(_json_row(where, json.loads(line)))
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: invalid JSON, {error.msg} (column {error.colno}); mend or remove it"
-            ) from None
+            raise DataError(f"{where}: invalid JSON, {error.msg} (column {error.colno}); mend or remove it") from None
     return rows
 
 

@@ -88,9 +88,7 @@ class TemplateRenderer:
         """
         if isinstance(example, Chat):
             messages = _until_last_answer(example.messages)
-            return (
-                self._render_chat(messages) if self._tokenizer.chat_template else self._render_plain(messages)
-            )
+            return self._render_chat(messages) if self._tokenizer.chat_template else self._render_plain(messages)
         self._require_eos()
         if isinstance(example, Completion):
             pieces = (Piece(example.prompt, False), Piece(example.completion, True))

@@ -245,9 +245,7 @@ def _mask_by_offsets(
     return ids, [rendered.pieces[index].loss for index in first]
 
 
-def truncate(
-    ids: Ids, loss: Mask, limits: Limits, *, bos: int | None = None, has_source: bool = True
-) -> Truncated:
+def truncate(ids: Ids, loss: Mask, limits: Limits, *, bos: int | None = None, has_source: bool = True) -> Truncated:
     """Cut an example to length; the module's docstring has the rule.
 
     Args:

@@ -15,7 +15,7 @@ _MODEL_TYPES = ("llama", "qwen2")
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
-    """Frequency scaling of ``rope_type: llama3`` (Llama 3.1 and later); see :func:`lotaqaf_jax.models.rope.inverse_frequencies`."""
+    """Frequency scaling of ``rope_type: llama3``; its formula is in :mod:`lotaqaf_jax.models.rope`."""
 
     factor: float
     low_freq_factor: float

@@ -1,4 +1,4 @@
-"""One decoder for Llama and Qwen2: attention and MLP blocks, run in one scan for every run of layers that look alike."""
+"""One decoder for Llama and Qwen2: attention and MLP blocks, one scan for every run of layers that look alike."""
 
 from __future__ import annotations
 

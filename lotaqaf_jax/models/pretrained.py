@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.loading import load_decoder
@@ -16,7 +17,7 @@ from lotaqaf_jax.models.registry import local_folder
 from lotaqaf_jax.models.spec import dense_spec
 from lotaqaf_jax.quant.folder import CheckpointFolder
 
-__all__ = ["default_dtype", "init_decoder", "load_pretrained"]
+__all__ = ["default_dtype", "init_decoder", "load_pretrained", "load_tokenizer"]
 
 
 def default_dtype() -> Any:
@@ -42,6 +43,23 @@ def load_pretrained(path_or_name: str | Path, *, dtype: Any = None, progress: bo
     """
     folder = CheckpointFolder(local_folder(path_or_name))
     return load_decoder(folder, default_dtype() if dtype is None else dtype, progress=progress)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a checkpoint folder, by transformers' ``AutoTokenizer``; nothing is downloaded.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as problem:  # A dozen unrelated types, down to KeyError, for a file that is missing or odd.
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be read ({type(problem).__name__}: {problem}). Put tokenizer.json and "
+            "tokenizer_config.json of the model into the folder."
+        ) from problem
 
 
 def init_decoder(config: DecoderConfig, key: jax.Array, *, dtype: Any = jnp.float32, scale: float = 0.02) -> Decoder:

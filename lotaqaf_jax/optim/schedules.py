@@ -46,9 +46,7 @@ def reference_schedule(total_steps: int | jax.Array) -> Schedule:
 
     def tail(step: Any) -> Any:
         xp = _namespace(step, total_steps)
-        return xp.interp(
-            step, xp.asarray([0.0, 0.8 * total_steps, total_steps]), xp.asarray([0.05, 0.001, 0.0001])
-        )
+        return xp.interp(step, xp.asarray([0.0, 0.8 * total_steps, total_steps]), xp.asarray([0.05, 0.001, 0.0001]))
 
     return tail
 

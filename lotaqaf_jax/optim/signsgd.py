@@ -160,9 +160,7 @@ def t_signsgd(
             average = optax.tree.zeros_like(params, dtype=accumulator_dtype or jnp.float32)
         return TSignSGDState(jnp.zeros([], jnp.int32), average)
 
-    def update(
-        updates: Any, state: TSignSGDState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, TSignSGDState]:
+    def update(updates: Any, state: TSignSGDState, params: Any = None, **extra_args: Any) -> tuple[Any, TSignSGDState]:
         del extra_args
         if params is None:
             raise ValueError("t_signsgd needs the parameters: call update(gradients, state, params).")
@@ -207,9 +205,7 @@ def _rank_rule(schedule: Any, total_steps: Any) -> Callable[[int, jax.Array], ja
     if isinstance(schedule, str):
         named = {"reference": reference_schedule, "paper": paper_schedule}
         if schedule not in named:
-            raise ValueError(
-                f"schedule is {schedule!r}, expected {' or '.join(named)}, a number or a function."
-            )
+            raise ValueError(f"schedule is {schedule!r}, expected {' or '.join(named)}, a number or a function.")
         schedule = named[schedule](total_steps)
         if isinstance(total_steps, int):
             tails = schedule(np.arange(1, total_steps + 1))
@@ -249,8 +245,7 @@ def _leading_axes(stacked_axes: Any, path: Any, param: jax.Array) -> int:
     number = 0 if number is None else operator.index(number)
     if not 0 <= number <= param.ndim:
         raise ValueError(
-            f"stacked_axes is {number} for parameter {_name(path)} of shape {param.shape}, "
-            f"expected 0 to {param.ndim}."
+            f"stacked_axes is {number} for parameter {_name(path)} of shape {param.shape}, expected 0 to {param.ndim}."
         )
     return number
 
@@ -282,8 +277,7 @@ def _check_grad(path: Any, grad: Any, param: Any) -> None:
         )
     if grad.shape != param.shape:
         raise ValueError(
-            f"The gradient of parameter {_name(path)} has shape {grad.shape}, "
-            f"expected {param.shape} as the parameter."
+            f"The gradient of parameter {_name(path)} has shape {grad.shape}, expected {param.shape} as the parameter."
         )
 
 

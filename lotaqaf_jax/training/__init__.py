@@ -1,0 +1,17 @@
+"""Training of ternary adapters: settings, step, loop, checkpoints and logs."""
+
+from lotaqaf_jax.training.config import TrainConfig, parse_config
+from lotaqaf_jax.training.loop import Stopped, train
+from lotaqaf_jax.training.output import prepare_output
+from lotaqaf_jax.training.step import TrainState, adapter_statistics, make_train_step
+
+__all__ = [
+    "Stopped",
+    "TrainConfig",
+    "TrainState",
+    "adapter_statistics",
+    "make_train_step",
+    "parse_config",
+    "prepare_output",
+    "train",
+]

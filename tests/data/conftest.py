@@ -72,9 +72,7 @@ def byte_tokenizer(
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     tokens = [token for token in (bos, eos, pad, *special) if token]
-    core.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(tokens)]
-    )
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(tokens)])
     if add_bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
@@ -93,9 +91,7 @@ def chatml() -> PreTrainedTokenizerFast:
 def llama3() -> PreTrainedTokenizerFast:
     """EOS is not the token that closes a turn, as in Llama 3's base tokenizer."""
     special = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    return byte_tokenizer(
-        LLAMA3, eos="<|end_of_text|>", bos="<|begin_of_text|>", special=special, add_bos=True
-    )
+    return byte_tokenizer(LLAMA3, eos="<|end_of_text|>", bos="<|begin_of_text|>", special=special, add_bos=True)
 
 
 @pytest.fixture(scope="session")

@@ -89,9 +89,7 @@ def test_where_several_formats_fit_the_first_is_taken_unless_one_is_named():
 
 
 def test_unknown_columns_are_named_with_those_of_each_format():
-    with pytest.raises(
-        DataError, match=r"unknown columns body, title; expected .*alpaca: instruction, output"
-    ):
+    with pytest.raises(DataError, match=r"unknown columns body, title; expected .*alpaca: instruction, output"):
         detect_format({"title": 1, "body": 2})
 
 

@@ -100,9 +100,7 @@ def test_the_state_is_small_and_does_not_change_by_being_asked_for(plain, rows):
 )
 def test_a_place_in_other_data_is_refused(plain, rows, change):
     state = load(plain, rows).train.state()
-    with pytest.raises(
-        DataError, match="resume with the dataset, tokenizer, lengths, packing, batch size and seed"
-    ):
+    with pytest.raises(DataError, match="resume with the dataset, tokenizer, lengths, packing, batch size and seed"):
         load(plain, rows, **change).train.restore(state)
 
 
@@ -146,8 +144,7 @@ def test_val_size_takes_rows_out_of_training(plain, rows, val_size, count):
 
 def test_the_held_out_rows_depend_on_the_seed_alone(plain, rows):
     sets = [
-        answers(plain, load(plain, rows, val_size=4, seed=s, packing=p).validation)
-        for s, p in ((0, 0), (0, 1), (1, 0))
+        answers(plain, load(plain, rows, val_size=4, seed=s, packing=p).validation) for s, p in ((0, 0), (0, 1), (1, 0))
     ]
     assert sets[0] == sets[1]
     assert sets[0] != sets[2]

@@ -176,9 +176,7 @@ def test_a_preset_takes_a_local_folder_or_file(folder, target):
 
 
 def test_a_preset_refuses_other_columns(folder):
-    with pytest.raises(
-        DataError, match=r"viggo:.*: unknown columns answer, question; expected .*viggo: mr, ref"
-    ):
+    with pytest.raises(DataError, match=r"viggo:.*: unknown columns answer, question; expected .*viggo: mr, ref"):
         load_examples(f"viggo:{folder}")
 
 
@@ -238,18 +236,14 @@ def test_without_a_network_a_hub_name_says_what_to_give_instead(monkeypatch, dat
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        DataError, match=f"cannot be had.*Without a network, give local data: {instead}, where"
-    ):
+    with pytest.raises(DataError, match=f"cannot be had.*Without a network, give local data: {instead}, where"):
         load_examples(dataset)
 
 
 # --- errors
 
 
-@pytest.mark.parametrize(
-    "dataset", ["nowhere/rows.jsonl", "/nowhere/at/all", "./nowhere", "rows", "gsm8k:nowhere"]
-)
+@pytest.mark.parametrize("dataset", ["nowhere/rows.jsonl", "/nowhere/at/all", "./nowhere", "rows", "gsm8k:nowhere"])
 def test_what_is_not_there_is_named(dataset):
     with pytest.raises(DataError, match=r"nowhere|'rows' is not a file"):
         load_examples(dataset)
@@ -263,9 +257,7 @@ def test_an_unknown_preset_is_named_with_those_known(tmp_path):
 @pytest.mark.parametrize("name", ["a.xlsx", "a.txt.zip", "gz"])
 def test_an_unknown_extension_is_named_with_those_known(tmp_path, name):
     path = write(tmp_path / name, "x")
-    with pytest.raises(
-        DataError, match=f"{name}' has an extension that cannot be read; known are .json, .jsonl"
-    ):
+    with pytest.raises(DataError, match=f"{name}' has an extension that cannot be read; known are .json, .jsonl"):
         load_examples(str(path))
 
 

@@ -39,8 +39,7 @@ def text(rendered) -> str:
 def test_chatml_with_its_default_system_prompt(chatml):
     assert TemplateRenderer(chatml)(ONE).pieces == (
         Piece(
-            "<|im_start|>system\nYou help.<|im_end|>\n"
-            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
             False,
         ),
         Piece("Yo!<|im_end|>", True),
@@ -143,9 +142,7 @@ def test_a_template_that_refuses_the_chat_is_an_error(llama2):
 
 def test_a_template_that_changes_earlier_answers_is_an_error_only_where_it_does(forgetful):
     chat = Chat((*ONE.messages, Message("user", "Hi"), Message("assistant", "one!two")))
-    with pytest.raises(
-        DataError, match="renders turn 2, or what is before it, differently once more turns follow"
-    ):
+    with pytest.raises(DataError, match="renders turn 2, or what is before it, differently once more turns follow"):
         TemplateRenderer(forgetful)(chat)
     single = Chat((Message("user", "Hi"), Message("assistant", "one!two")))
     assert losses(TemplateRenderer(forgetful)(single)) == ["one!two<|im_end|>"]

@@ -53,9 +53,7 @@ def test_the_labels_decode_to_the_answers(request, name, expected):
 def test_labels_are_the_ids_where_there_is_a_loss(chatml):
     (example,) = tokenize(chatml, chat("a", "b"))
     assert example.input_ids.dtype == example.labels.dtype == np.int32
-    np.testing.assert_array_equal(
-        example.labels, np.where(example.labels == IGNORE, IGNORE, example.input_ids)
-    )
+    np.testing.assert_array_equal(example.labels, np.where(example.labels == IGNORE, IGNORE, example.input_ids))
     assert (example.labels != IGNORE).sum() == 2
 
 
@@ -71,9 +69,7 @@ def test_the_ids_are_those_of_the_template_text(request, name):
     assert tokenizer.decode(ids[len(example.input_ids) :]).strip() in ("", tokenizer.eos_token)
 
 
-@pytest.mark.parametrize(
-    "example", [Text("Once"), Completion("a", "b"), chat("a", "b"), chat("a", "b", "c", "d")]
-)
+@pytest.mark.parametrize("example", [Text("Once"), Completion("a", "b"), chat("a", "b"), chat("a", "b", "c", "d")])
 @pytest.mark.parametrize("name", ["plain", "bare"])
 def test_the_last_token_is_eos_once_and_in_the_loss_even_if_padding_is_eos(request, name, example):
     tokenizer = request.getfixturevalue(name)
@@ -142,9 +138,7 @@ def test_a_row_that_the_template_refuses_is_named_or_left_out(llama2):
     assert (result.where, result.dropped) == (("row 1",), 0)
     assert len(result.skipped) == 1
     assert result.skipped[0].startswith("row 2: the tokenizer's chat template refuses")
-    with pytest.raises(
-        DataError, match="none of the 1 examples can be used; the first: row 1: the tokenizer's"
-    ):
+    with pytest.raises(DataError, match="none of the 1 examples can be used; the first: row 1: the tokenizer's"):
         tokenize(llama2, refused, skip_bad=True)
     with pytest.raises(DataError, match="row 2: the tokenizer's chat template refuses"):
         tokenize(llama2, chat("a", "b"), refused)
@@ -234,9 +228,7 @@ def test_an_example_without_a_label_is_dropped_and_only_such_examples_are_an_err
     assert (result.dropped, result.where) == (0, ("row 1", "row 2"))
     result = tokenize(chatml, Completion("ab", "c"), Text("a"), limits=Limits(1))
     assert result.dropped == 1
-    with pytest.raises(
-        DataError, match="all 2 examples have every label masked: after truncation to 1 tokens"
-    ):
+    with pytest.raises(DataError, match="all 2 examples have every label masked: after truncation to 1 tokens"):
         tokenize(chatml, Text("abc"), Text("a"), limits=Limits(1))
 
 

@@ -1,0 +1,165 @@
+"""``python -m convert``: import, merge, export and verify from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lotaqaf_jax.errors import LotaError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Bring GPTQ checkpoints in, merge adapters into them, write them back and prove that nothing else "
+        "changed. Leaves with status 0 when all went well, 2 when the input or a check is bad, 130 when interrupted.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    merge = commands.add_parser(
+        "merge", help="base + adapter -> merged GPTQ folder, verified before it appears", description=merge_command.__doc__
+    )
+    _model(merge)
+    merge.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="adapter folder (required)")
+    _output(merge)
+    _target(merge)
+    _report(merge)
+
+    export = commands.add_parser(
+        "export", help="an imported or merged model -> Hugging Face folder", description=export_command.__doc__
+    )
+    export.add_argument(
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="folder of `convert import`, or a GPTQ folder or hub name (required)",
+    )
+    export.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="adapter folder to merge on the way (default: none)"
+    )
+    _output(export)
+    _target(export)
+
+    verify = commands.add_parser(
+        "verify", help="check a merged folder against its base and adapter", description=verify_command.__doc__
+    )
+    _model(verify)
+    verify.add_argument("--merged", type=Path, required=True, metavar="FOLDER", help="merged folder (required)")
+    verify.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="adapter folder; without it logits are not compared (default: none)"
+    )
+    _report(verify)
+
+    imported = commands.add_parser(
+        "import", help="GPTQ folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
+    )
+    _model(imported)
+    _output(imported)
+
+    for command, run in (
+        (merge, merge_command),
+        (export, export_command),
+        (verify, verify_command),
+        (imported, import_command),
+    ):
+        command.add_argument("--quiet", action="store_true", help="show no progress bars (default: show them)")
+        command.set_defaults(run=run)
+    return parser
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", required=True, metavar="FOLDER", help="base: a GPTQ folder, a known name or a hub name (required)"
+    )
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write (required)")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the output folder if it holds a model (default: refuse)"
+    )
+
+
+def _target(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--target", default="gptq", metavar="NAME", help="format to write: gptq (default: gptq)")
+
+
+def _report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the tokens to compare on (default: 0)")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the report as JSON to this file (default: print it only)"
+    )
+
+
+def merge_command(args: argparse.Namespace) -> None:
+    """Merge an adapter into its base and write the merged folder: the base with only qweight changed, and mu as a PEFT
+    LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does it appear."""
+    from convert.adapter import load_adapter
+    from convert.save import check_target, merge_and_save
+    from lotaqaf_jax.models.loading import load_decoder
+    from lotaqaf_jax.models.pretrained import default_dtype
+
+    check_target(args.target)
+    base = _base(args.model)
+    model = load_decoder(base, default_dtype(), progress=not args.quiet)
+    model = load_adapter(model, args.adapter, base=base, progress=not args.quiet)
+    report = merge_and_save(
+        model,
+        args.output,
+        base=base,
+        target=args.target,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    _show(report, args.report)
+    print(f"merged model written to {args.output}")
+
+
+def verify_command(args: argparse.Namespace) -> None:
+    """Reopen a merged folder and check: every integer moved by at most one step and stayed on the grid; all other
+    tensors are byte-identical to the base's; with --adapter, words, mu and logits are bit for bit the adapter model's."""
+    from convert.verify import verify
+
+    base = _base(args.model)
+    report = verify(base, args.merged, adapter=args.adapter, seed=args.seed, progress=not args.quiet)
+    _show(report, args.report)
+    print(f"verified: {args.merged}")
+
+
+def _base(name: str):  # type: ignore[no-untyped-def]
+    from lotaqaf_jax.models import local_folder
+    from lotaqaf_jax.quant.folder import CheckpointFolder
+
+    return CheckpointFolder(local_folder(name))
+
+
+def _show(report: object, path: Path | None) -> None:
+    print(report)
+    if path is not None:
+        from convert.writing import write_json
+
+        write_json(path, report.to_dict())  # type: ignore[attr-defined]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except LotaError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

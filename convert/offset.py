@@ -1,0 +1,206 @@
+"""The fractional part of a merge: mu, as a PEFT LoRA folder that other software applies, and exactly, for ourselves.
+
+GPTQ has integer zero points, so mu of w = s * (q - z + mu) goes beside the model, as a LoRA whose rank is the number of
+groups. With g(i) the group of input row i (through g_idx, so act-order works):
+
+    lora_A[g, i] = 1 if g(i) = g else 0        (groups, in)
+    lora_B[j, g] = s[g, j] * mu[g, j]          (out, groups)
+    x @ lora_A.T @ lora_B.T = sum_i x[i] * s[g(i), j] * mu[g(i), j],   scaled by lora_alpha / r = 1
+
+The only error is the rounding of s * mu to the type of lora_B. Dividing it by s does not give mu back bit for bit, so
+mu itself lies beside, in ``lota_offset.safetensors``, a file that PEFT does not look at.
+
+Layers with fewer groups have a lower rank (``rank_pattern`` with ``alpha_pattern``, so that the scale stays 1): padding
+all to one rank would make the file about twice as large. Quantised modules without an offset get a zero adapter of
+rank 1, since GPTQModel wants one for each.
+
+Source: formats of PEFT's LoRA folders, read with peft 0.21 and GPTQModel 7.6.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.tensors import named_linears, take
+from convert.writing import write_json, write_safetensors
+from lotaqaf_jax.errors import CheckpointError
+from lotaqaf_jax.models import Decoder, Linear, linears
+from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant.folder import TensorEntry, read_header
+from lotaqaf_jax.quant.weight import trivial_g_idx
+
+__all__ = ["OFFSET_FILE", "OFFSET_FOLDER", "apply_offsets", "has_offsets", "lora_pair", "offset_bytes", "write_offsets"]
+
+OFFSET_FOLDER = "offset_adapter"
+OFFSET_FILE = "lota_offset.safetensors"
+LORA_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def has_offsets(model: Decoder) -> bool:
+    """Whether any weight of the model has an offset."""
+    return any(linear.is_quantized and linear.packed.offset is not None for _, linear, _ in named_linears(model))
+
+
+def lora_pair(weight: QuantizedWeight, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """lora_A (rank, in) and lora_B (out, rank) that add the offset of ``weight``; zeros of rank 1 where it has none.
+
+    Args:
+        weight: one quantised weight (in, out).
+        dtype: their type. lora_A is exact in any; s * mu is computed in float32 and rounded once.
+    """
+    n_in, n_out = weight.shape
+    if weight.offset is None:
+        return np.zeros((1, n_in), dtype), np.zeros((n_out, 1), dtype)
+    g_idx = trivial_g_idx(n_in, weight.group_size) if weight.g_idx is None else np.asarray(weight.g_idx)
+    indicator = (g_idx[None, :] == np.arange(weight.groups)[:, None]).astype(dtype)
+    step = np.asarray(weight.scales).astype(np.float32) * np.asarray(weight.offset).astype(np.float32)
+    return indicator, np.ascontiguousarray(step.T.astype(dtype))
+
+
+def _ranks(model: Decoder) -> dict[str, tuple[int, QuantizedWeight]]:
+    """Rank of every quantised module, with the stack that holds its weight."""
+    found = {}
+    for name, linear, _ in named_linears(model):
+        if linear.is_quantized:
+            found[name] = (1 if linear.packed.offset is None else linear.packed.groups, linear.packed)
+    return found
+
+
+def offset_bytes(model: Decoder, dtype: Any = np.float32) -> int:
+    """Bytes that :func:`write_offsets` will write; 0 without offsets."""
+    if not has_offsets(model):
+        return 0
+    total = 0
+    for rank, weight in _ranks(model).values():
+        total += rank * sum(weight.shape) * np.dtype(dtype).itemsize
+        if weight.offset is not None:
+            total += weight.groups * weight.shape[1] * weight.offset.dtype.itemsize
+    return total
+
+
+def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any = np.float32) -> None:
+    """Write the offsets of a merged model into ``folder``: a PEFT LoRA folder, and mu itself.
+
+    Args:
+        model: a merged decoder.
+        folder: the folder; made.
+        model_name: what the LoRA's config names as its base: the merged model.
+        dtype: type of the LoRA's tensors. float32 leaves an error of 2**-24 of mu; float16 is half the size.
+    """
+    folder.mkdir()
+    ranks = _ranks(model)
+    lora: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    exact: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    for name, (rank, weight) in ranks.items():
+        lora[f"{PREFIX}{name}.lora_A.weight"] = (dtype, (rank, weight.shape[0]))
+        lora[f"{PREFIX}{name}.lora_B.weight"] = (dtype, (weight.shape[1], rank))
+        if weight.offset is not None:
+            exact[f"{name}.offset"] = (weight.offset.dtype, (weight.groups, weight.shape[1]))
+    stacks = {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
+
+    def read_lora(key: str) -> np.ndarray:
+        module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        return lora_pair(take(*stacks[module]), dtype)[0 if part == "lora_A" else 1]
+
+    def read_exact(key: str) -> np.ndarray:
+        return np.asarray(take(*stacks[key.removesuffix(".offset")]).offset)
+
+    write_safetensors(folder / LORA_FILE, lora, read_lora, {"format": "pt"})
+    write_safetensors(folder / OFFSET_FILE, exact, read_exact, {"format": "lota-qaf offset"})
+    write_json(folder / "adapter_config.json", _lora_config(model, {n: r for n, (r, _) in ranks.items()}, model_name))
+
+
+def _lora_config(model: Decoder, ranks: dict[str, int], model_name: str) -> dict[str, Any]:
+    dense = {name.rsplit(".", 1)[-1] for name, linear, _ in named_linears(model) if not linear.is_quantized}
+    by_kind: dict[str, set[int]] = collections.defaultdict(set)
+    for name, rank in ranks.items():
+        by_kind[name.rsplit(".", 1)[-1]].add(rank)
+    # Short names where they say it all; full ones where a kind has modules in 16 bit or of several ranks.
+    short = all(kind not in dense and len(found) == 1 for kind, found in by_kind.items())
+    # The largest, since some servers compare the default with the largest rank they serve.
+    default = max(ranks.values())
+    if short:
+        targets = list(by_kind)
+        others = {rf"(?:.*\.)?{kind}": min(found) for kind, found in by_kind.items() if found != {default}}
+    else:
+        targets = list(ranks)
+        others = {re.escape(name): rank for name, rank in ranks.items() if rank != default}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model_name,
+        "inference_mode": True,
+        "r": default,
+        "lora_alpha": default,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": targets,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
+
+
+def apply_offsets(model: Decoder, folder: str | Path) -> Decoder:
+    """Give the weights of a merged model their offsets back, bit for bit, from ``lota_offset.safetensors``.
+
+    Args:
+        model: the merged model, loaded from its GPTQ files.
+        folder: its ``offset_adapter`` folder.
+
+    Returns:
+        A new model over the same words.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or does not fit the model.
+    """
+    path = Path(folder) / OFFSET_FILE
+    entries = read_header(path)
+    model = nnx.merge(*nnx.split(model), copy=True)
+    left = set(entries)
+    for names, linear in _stacks(model):
+        wanted = [f"{name}.offset" for name in names]
+        held = [name for name in wanted if name in entries]
+        if not held:
+            continue
+        if len(held) < len(wanted) or not linear.is_quantized:
+            raise CheckpointError(
+                f"{path}: the offset of {min(set(wanted) - set(held) or wanted)} does not fit the model."
+            )
+        weight = linear.packed
+        shape = (weight.groups, weight.shape[1])
+        rows = np.stack([_read(entries[name], path, name, shape) for name in wanted])
+        offset = jnp.asarray(rows[0] if linear is model.lm_head else rows)
+        linear.weight.set_value(dataclasses.replace(weight, offset=offset))
+        left -= set(wanted)
+    if left:
+        raise CheckpointError(f"{path}: no place for {min(left)}. Pass the model that it was written with.")
+    return model
+
+
+def _stacks(model: Decoder) -> Iterator[tuple[list[str], Linear]]:
+    yield from linears(model)
+    if model.lm_head is not None:
+        yield ["lm_head"], model.lm_head
+
+
+def _read(entry: TensorEntry, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if entry.shape != shape or entry.dtype.name not in ("float32", "float16", "bfloat16"):
+        raise CheckpointError(f"{path}: {name} is {entry.dtype} {entry.shape}, expected floats {shape}.")
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        return np.frombuffer(file.read(entry.nbytes), entry.dtype).reshape(shape)

@@ -1,0 +1,196 @@
+"""Writing folders and files so that nothing is ever half written: write beside, then rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lotaqaf_jax.errors import ConfigError, OutputError
+
+__all__ = ["SAFETENSORS_TYPES", "new_folder", "write_json", "write_safetensors"]
+
+# What a folder that this package writes always holds one of. Only such a folder is ever replaced.
+_OURS = ("config.json", "adapter_config.json", "manifest.json")
+_SPARE = 16 * 2**20  # bytes left free beyond what is going to be written
+
+SAFETENSORS_TYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+@contextlib.contextmanager
+def new_folder(
+    directory: str | Path, *, overwrite: bool = False, needed: int = 0, sources: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Fill a folder that appears at ``directory`` whole, or not at all.
+
+    Gives an empty folder beside ``directory``. When the block ends well its files are flushed to the disk and it is
+    renamed; when it raises, Ctrl-C included, it is removed and whatever was at ``directory`` is as it was.
+
+    Args:
+        directory: where the folder is to appear; parents are made.
+        overwrite: replace a folder that is not empty, if it is one that this package writes.
+        needed: bytes that are going to be written; checked against the free space before anything is.
+        sources: folders that are read meanwhile, which ``directory`` must neither be, hold nor lie in.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        ConfigError: ``directory`` is not empty, is a file, or overlaps a source.
+        OutputError: no space, no permission, or any other error of the file system.
+    """
+    given = str(directory)
+    target = Path(directory).expanduser().resolve()
+    _check_target(given, target, overwrite, sources)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if needed and free < needed + _SPARE:
+            raise OutputError(
+                f"{given}: {(needed + _SPARE) / 1e9:.3g} GB are needed there, {free / 1e9:.3g} GB are free. Nothing "
+                "was written; free some space or choose another folder."
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as problem:
+        raise _explained(problem, given) from problem
+    try:
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        _flush(partial)
+        _put(partial, target)
+    except OSError as problem:
+        raise _explained(problem, given) from problem
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_target(given: str, target: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+    for source in (path.resolve() for path in sources):
+        if target == source or target in source.parents or source in target.parents:
+            raise ConfigError(
+                f"{given}: the output folder is, holds or lies in {source}, which is read. Choose another folder."
+            )
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{given}: found a file, expected a folder to write. Choose another name.")
+    held = sorted(path.name for path in target.iterdir())
+    if not held:
+        return
+    if not overwrite:
+        raise ConfigError(
+            f"{given}: the output folder is not empty ({len(held)} entries, the first {held[0]}). Choose a new folder, "
+            "or pass --overwrite (overwrite=True) to replace it."
+        )
+    if not any(name in held for name in _OURS):
+        raise ConfigError(
+            f"{given}: will not be replaced, since it holds none of {', '.join(_OURS)} and so was not written by this "
+            "program. Remove it yourself, or choose another folder."
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _explained(problem: OSError, given: str) -> OSError:
+    """The sentence for an error of the file system; an error that is already one stays as it is."""
+    if isinstance(problem, OutputError):
+        return problem
+    reason, advice = problem.strerror or str(problem), "check the path and its permissions"
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason, advice = "the disk is full", "free some space or choose another folder"
+    elif problem.errno == errno.EBUSY:
+        reason, advice = "it is a mount point, which cannot be replaced", "choose a folder inside it"
+    return OutputError(f"{given}: could not be written: {reason}. Nothing was left there; {advice}, then run again.")
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put(partial: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        partial.rename(target)
+        return
+    # The old folder is out of the way only for the moment between two renames, and whole at any time.
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | str = 2) -> None:
+    """Write a JSON file as Hugging Face does: UTF-8, indented, ending in a newline."""
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file one tensor at a time, so that the host never holds more than one.
+
+    Args:
+        path: the file.
+        tensors: type and shape by name. As in the files of the safetensors library, those with wide types come first,
+            so that every tensor is aligned.
+        read: gives the array of a name.
+        metadata: strings for the header.
+
+    Raises:
+        ValueError: an array is not what ``tensors`` says.
+
+    Source: the safetensors format: 8 bytes of header length, a JSON header, the data. The library's own writer holds
+    all tensors of a file at once, and from numpy it does not take bfloat16.
+    """
+    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = np.dtype(tensors[name][0]), tensors[name][1]
+        start, end = end, end + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": SAFETENSORS_TYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            dtype, shape = np.dtype(tensors[name][0]), tensors[name][1]
+            array = np.ascontiguousarray(read(name))
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(f"{name}: found {array.dtype} {array.shape}, expected {dtype} {shape}")
+            file.write(array.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,208 @@
+"""The settings of a run: one dataclass, its command line, and the checks that need no data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lotaqaf_jax.data import DataConfig
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.models import KNOWN_MODELS
+from lotaqaf_jax.models.pretrained import default_dtype
+from lotaqaf_jax.ternary import check_settings
+
+__all__ = ["DEFAULT_RUN", "TrainConfig", "parse_config"]
+
+# The settings of `python train.py` without a model: the small model that is shipped, on its own data.
+DEFAULT_RUN = Path(__file__).parent.parent / "assets" / "default"
+
+
+def _help(text: str, default: Any) -> Any:
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Settings of a training run; every field is a flag of ``train.py``."""
+
+    model: str | None = _help(
+        "folder, hub name or known name of a GPTQ checkpoint; none: the shipped small model", None
+    )
+    dataset: str | None = _help("file, folder, hub name or preset (alpaca, gsm8k, sql, viggo; also preset:path)", None)
+    output_dir: str = _help("where adapter, merged model and logs are written", "output")
+    overwrite_output_dir: bool = _help("replace an output_dir that is not empty", False)
+    eval_dataset: str | None = _help("held-out rows, named as dataset", None)
+    dataset_format: str | None = _help("format of the rows; none: by their columns", None)
+    max_samples: int | None = _help("use only the first so many rows", None)
+    max_eval_samples: int | None = _help("the same for eval_dataset", None)
+    val_size: float = _help("rows held out of dataset: a count, or a share below 1", 0.0)
+    skip_bad_rows: bool = _help("leave out rows that cannot be used, and count them", False)
+    max_seq_length: int = _help("most tokens of an example, and of a packed row", 1280)
+    max_source_length: int | None = _help("most tokens of a prompt; the paper's 1024", None)
+    max_target_length: int | None = _help("most tokens of a response; the paper's 256", None)
+    packing: bool = _help("put several examples into a row; they do not see each other", False)
+
+    lora_r: int | None = _help("rank of the adapters; none: the paper's for the model, or 64", None)
+    omega: float | None = _help("threshold on |A@B| above which an integer moves; none: 0.75 * lora_r", None)
+    offset: Literal["reference", "paper", "none"] = _help("rule of the zero-point offset mu", "reference")
+    offset_dtype: Literal["float32", "float16", "bfloat16"] = _help("type that mu is stored in", "float32")
+    target_modules: list[str] = _help(
+        "projections to adapt",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
+    sigma_schedule: Literal["reference", "paper"] = _help("schedule of the gradient quantile", "reference")
+    beta: float = _help("average gradients over steps before sign and threshold; 0: the published rule", 0.0)
+
+    per_device_train_batch_size: int = _help("rows that are computed at once", 8)
+    per_device_eval_batch_size: int | None = _help("the same in evaluation; none: as in training", None)
+    gradient_accumulation_steps: int = _help("batches summed up before an update", 1)
+    num_train_epochs: float = _help("times through the data", 1.0)
+    max_steps: int = _help("updates in all, in place of num_train_epochs; -1: by epochs", -1)
+    gradient_checkpointing: bool = _help("recompute activations in the backward pass to save memory", True)
+    dtype: Literal["auto", "float32", "bfloat16"] = _help("type that is computed in; auto: by device", "auto")
+    seed: int = _help("decides adapters and order of the data", 0)
+
+    logging_steps: int = _help("steps between log lines", 1)
+    eval_steps: int = _help("steps between evaluations on held-out rows; 0: only before and after", 0)
+    save_steps: int = _help("steps between checkpoints; 0: only when stopped", 0)
+    save_total_limit: int = _help("checkpoints to keep", 2)
+    resume_from_checkpoint: str | None = _help("'latest', or a folder below output_dir/checkpoints", None)
+    report_to: Literal["none", "tensorboard", "wandb"] = _help(
+        "where to send the log besides trainer_log.jsonl", "none"
+    )
+    dry_run: bool = _help("print settings, data and some tokens with their loss mask, then stop", False)
+
+    def __post_init__(self) -> None:
+        minimum = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 1,
+            "eval_steps": 0,
+            "save_steps": 0,
+            "save_total_limit": 1,
+        }
+        for name, least in minimum.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name}: found {getattr(self, name)}, expected {least} or more.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ConfigError(f"--max_steps: found {self.max_steps}, expected 1 or more, or -1 to go by epochs.")
+        if self.num_train_epochs <= 0:
+            raise ConfigError(f"--num_train_epochs: found {self.num_train_epochs}, expected more than 0.")
+        if not 0 <= self.beta < 1:
+            raise ConfigError(f"--beta: found {self.beta}, expected 0 <= beta < 1.")
+        if self.model is not None and self.dataset is None:
+            raise ConfigError("--dataset is missing. Name the file, folder, hub name or preset to train on.")
+        check_settings(self.rank, 0.75 * self.rank if self.omega is None else self.omega, self.offset)
+
+    @property
+    def train_batch_size(self) -> int:
+        """Rows of one update."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of one evaluation batch."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    @property
+    def rank(self) -> int:
+        """``lora_r``, or the published rank for a model that is known, or 64."""
+        if self.lora_r is not None:
+            return self.lora_r
+        known = KNOWN_MODELS.get(str(self.model).lower())
+        return known.rank if known else 64
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The type that is computed in."""
+        return default_dtype() if self.dtype == "auto" else self.dtype
+
+    def data(self) -> DataConfig:
+        """The settings of the data room among these."""
+        return DataConfig(
+            dataset=str(self.dataset),
+            format=self.dataset_format,
+            eval_dataset=self.eval_dataset,
+            val_size=self.val_size,
+            max_samples=self.max_samples,
+            max_eval_samples=self.max_eval_samples,
+            max_seq_length=self.max_seq_length,
+            max_source_length=self.max_source_length,
+            max_target_length=self.max_target_length,
+            packing=self.packing,
+            skip_bad_rows=self.skip_bad_rows,
+            seed=self.seed,
+        )
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the numbers of a run; a resumed run must have the same."""
+        passing = {
+            "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "logging_steps", "eval_steps",
+            "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "dry_run",
+        }  # fmt: skip
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in passing}
+
+
+def parse_config(argv: Sequence[str]) -> TrainConfig:
+    """Read the command line: ``--config file.yaml`` first, flags on top; without a model, the shipped run below both.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Raises:
+        ConfigError: an unknown key in the file, or a value out of range.
+        SystemExit: status 2 for a malformed command line, as argparse does; 0 for ``--help``.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(TrainConfig, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", default=None, help="YAML file of these settings; flags win over it")
+    parser.prog = "train.py"
+    parser.description = "Fine-tune a GPTQ model with ternary adapters, merge them without rounding, write it back."
+    given = parser.parse_args(list(argv))
+    settings = [] if given.config is None else _as_flags(_read_yaml(Path(given.config)), given.config)
+    named = parser.parse_args([*settings, *argv])
+    if named.model is None and named.dataset is None:
+        shipped = DEFAULT_RUN / "train.yaml"
+        defaults = _read_yaml(shipped)
+        for key in ("model", "dataset", "eval_dataset"):
+            defaults[key] = str(DEFAULT_RUN / defaults[key])
+        settings = [*_as_flags(defaults, str(shipped)), *settings]
+    elif named.model is None:
+        raise ConfigError("--model is missing. Name the folder of a GPTQ checkpoint, or a known model.")
+    values = vars(parser.parse_args([*settings, *argv]))
+    values.pop("config")
+    return TrainConfig(**values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        parsed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"--config {path}: not valid YAML: {problem}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"--config {path}: found a {type(parsed).__name__}, expected settings as 'name: value'.")
+    return parsed
+
+
+def _as_flags(settings: Mapping[str, Any], where: str) -> list[str]:
+    """Settings of a file as the flags they stand for, so that they are read and checked the same way."""
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    flags: list[str] = []
+    for key, value in settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"{where}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        if value is None:
+            continue
+        flags += [f"--{key}", *([str(item) for item in value] if isinstance(value, list) else [str(value)])]
+    return flags

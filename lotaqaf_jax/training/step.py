@@ -1,0 +1,141 @@
+"""One update: gradients of the adapters over all accumulated batches, then t-SignSGD."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lotaqaf_jax.models import Decoder, Ternary, adapted_linears
+from lotaqaf_jax.training.loss import IGNORE, summed_loss
+
+__all__ = ["Metrics", "TrainState", "adapter_statistics", "make_train_step", "nonfinite_tensors", "split_model"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: int8 ``adapters`` (an NNX state), ``opt_state``, and ``step``, the updates done."""
+
+    adapters: nnx.State
+    opt_state: Any
+    step: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Of one step: ``loss`` in nats per target token before the update, ``grad_norm`` over all adapters,
+    ``changed`` the number of adapter values that moved, ``tokens`` those of the batch that are not padding, and
+    ``squares`` the sum of squared gradients per tensor, by which a NaN is traced to its tensor."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    changed: jax.Array
+    tokens: jax.Array
+    squares: nnx.State
+
+
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, adapters, everything else) of a model with adapters; ``nnx.merge`` puts it together."""
+    parts: tuple[Any, ...] = nnx.split(model, Ternary, ...)
+    return parts[0], parts[1], parts[2]
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, accumulate: int = 1, remat: bool = True
+) -> Callable[[TrainState, nnx.State, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Build the jitted training step.
+
+    The gradient is that of the mean loss over all target tokens of the batch, whichever part they are in:
+
+        g = sum over parts of d(summed loss of the part) / number of targets in all parts
+
+    Args:
+        graph: structure of the model, of :func:`split_model`.
+        optimizer: t-SignSGD, or a chain with it.
+        accumulate: number of parts that the batch is cut into along its rows, computed one after the other.
+        remat: recompute activations in the backward pass.
+
+    Returns:
+        (state, frozen, batch) -> (state, metrics). ``state`` is donated. ``batch`` holds arrays (accumulate *
+        rows, length).
+    """
+
+    def loss_of(adapters: nnx.State, frozen: nnx.State, part: dict[str, jax.Array]) -> jax.Array:
+        return summed_loss(nnx.merge(graph, adapters, frozen), part, remat=remat)
+
+    def step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        # int8 has no gradient: take it at a float copy.
+        floats = jax.tree.map(lambda array: array.astype(jnp.float32), state.adapters)
+        parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
+
+        def add(total: tuple[jax.Array, nnx.State], part: dict[str, jax.Array]) -> tuple[Any, None]:
+            loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, part)
+            return (total[0] + loss, jax.tree.map(jnp.add, total[1], gradients)), None
+
+        nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, floats))
+        (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
+        targets = jnp.maximum((batch["labels"][:, 1:] != IGNORE).sum(), 1).astype(jnp.float32)
+        gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, updates)
+        squares = jax.tree.map(lambda gradient: jnp.square(gradient).sum(axis=(-2, -1)), gradients)
+        metrics = Metrics(
+            loss=loss / targets,
+            grad_norm=jnp.sqrt(sum(leaf.sum() for leaf in jax.tree.leaves(squares))),
+            changed=sum((jnp.abs(leaf).astype(jnp.int32).sum() for leaf in jax.tree.leaves(updates)), jnp.int32(0)),
+            tokens=(batch["segment_ids"] > 0).sum(),
+            squares=squares,
+        )
+        return TrainState(adapters, opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:
+    """Names of the adapter tensors whose gradient is NaN or infinite.
+
+    Args:
+        model: the model that was trained.
+        squares: ``Metrics.squares``.
+    """
+    graph, _, frozen = split_model(model)
+    for names, _, adapter in adapted_linears(nnx.merge(graph, squares, frozen)):
+        for part, values in (("lota_A", adapter.a), ("lota_B", adapter.b)):
+            for name, value in zip(names, values, strict=True):
+                if not jnp.isfinite(value):
+                    yield f"{name}.{part}"
+
+
+@jax.jit
+def _statistics(weights: Any, adapter: Any) -> tuple[jax.Array, jax.Array]:
+    from lotaqaf_jax.ternary import merge, ternary_step
+
+    def one(pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        w, t = pair
+        moved = jnp.abs(ternary_step(w, t.a, t.b, omega=t.omega)).sum(dtype=jnp.float32)
+        merged = merge(w, t.a, t.b, omega=t.omega, offset=t.offset, offset_dtype=t.offset_dtype)
+        size = jnp.float32(0) if merged.offset is None else jnp.abs(merged.offset.astype(jnp.float32)).sum()
+        return moved, size
+
+    moved, size = jax.lax.map(one, (weights, adapter))
+    return moved.sum(), size.sum()
+
+
+def adapter_statistics(model: Decoder) -> tuple[float, float]:
+    """(share of integer weights that the adapters move, mean |mu| in steps of the grid) over all adapted layers."""
+    moved = size = 0.0
+    integers = offsets = 0
+    for names, linear, adapter in adapted_linears(model):
+        some_moved, some_size = _statistics(linear.packed, adapter)
+        moved, size = moved + float(some_moved), size + float(some_size)
+        n_in, n_out = linear.packed.shape
+        integers += len(names) * n_in * n_out
+        offsets += len(names) * linear.packed.groups * n_out
+    return moved / integers, size / offsets

@@ -1,0 +1,97 @@
+"""The command line: flags people know, a file below them, and sentences for what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.training import parse_config
+
+BASE = ["--model", "folder", "--dataset", "rows.jsonl"]
+
+PROMISED = ["model", "dataset", "output_dir", "max_seq_length", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "lora_r", "omega", "offset", "sigma_schedule", "target_modules", "packing", "gradient_checkpointing", "seed", "logging_steps", "eval_steps", "val_size", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "max_samples", "dry_run", "overwrite_output_dir", "config"]
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_promised_flags_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_config(["--help"])
+    assert left.value.code == 0
+    assert f"--{name} " in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("lora_r: 16\nomega: 4.5\npacking: true\ntarget_modules: [q_proj, v_proj]\n")
+    config = parse_config([*BASE, "--config", str(file), "--omega", "3"])
+    assert (config.lora_r, config.omega, config.packing) == (16, 3, True)
+    assert config.target_modules == ["q_proj", "v_proj"]
+
+
+def test_file_can_name_model_and_dataset(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: folder\ndataset: rows.jsonl\n")
+    assert parse_config(["--config", str(file)]).dataset == "rows.jsonl"
+
+
+def test_rank_comes_from_the_known_model() -> None:
+    assert parse_config(["--model", "qwen2.5-32b-gptq", "--dataset", "x"]).rank == 32
+    assert parse_config(["--model", "qwen2.5-14b-gptq", "--dataset", "x"]).rank == 64
+    assert parse_config(["--model", "qwen2.5-32b-gptq", "--dataset", "x", "--lora_r", "8"]).rank == 8
+
+
+@pytest.mark.parametrize("spelling", [["--packing"], ["--packing", "true"], ["--packing", "True"]])
+def test_spellings_of_a_switch(spelling: list[str]) -> None:
+    assert parse_config([*BASE, *spelling]).packing is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--lora_r", "1"], "rank"),
+        (["--lora_r", "16", "--omega", "16"], "omega"),
+        (["--lora_r", "16", "--omega", "0"], "omega"),
+        (["--omega", "-1"], "omega"),
+        (["--max_steps", "0"], "max_steps"),
+        (["--num_train_epochs", "0"], "num_train_epochs"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
+        (["--beta", "1"], "beta"),
+        (["--save_total_limit", "0"], "save_total_limit"),
+    ],
+)
+def test_out_of_range_names_the_flag(flags: list[str], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        parse_config([*BASE, *flags])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("omegga: 4", "did you mean 'omega'"),
+        ("[1, 2]", "expected settings"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_file_is_refused_in_a_sentence(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        parse_config([*BASE, "--config", str(file)])
+
+
+def test_missing_file_model_or_dataset() -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        parse_config([*BASE, "--config", "nowhere.yaml"])
+    with pytest.raises(ConfigError, match="--dataset"):
+        parse_config(["--model", "folder"])
+    with pytest.raises(ConfigError, match="--model"):
+        parse_config(["--dataset", "rows.jsonl"])
+
+
+def test_unknown_flag_leaves_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_config([*BASE, "--learning_rate", "1e-4"])
+    assert left.value.code == 2
+    assert "--learning_rate" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The loop: a falling loss, exact resume, an orderly stop, and a NaN that stops the run by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lotaqaf_jax.data import TrainingData, load_data
+from lotaqaf_jax.errors import ConfigError, DataError, TrainingError
+from lotaqaf_jax.models import Decoder, Ternary
+from lotaqaf_jax.models.pretrained import load_tokenizer
+from lotaqaf_jax.training import Stopped, TrainConfig, train
+from lotaqaf_jax.training.log import plot_log, read_log
+
+
+def settings(folder: Path, rows: Path, output: Path, **changes: Any) -> TrainConfig:
+    given: dict[str, Any] = {
+        "model": str(folder),
+        "dataset": str(rows),
+        "output_dir": str(output),
+        "max_seq_length": 32,
+        "per_device_train_batch_size": 4,
+        "lora_r": 8,
+        "omega": 2.0,
+        "max_steps": 8,
+        "sigma_schedule": "paper",
+    }
+    return TrainConfig(**{**given, **changes})
+
+
+def data_of(config: TrainConfig) -> TrainingData:
+    return load_data(config.data(), load_tokenizer(str(config.model)), config.train_batch_size, progress=False)
+
+
+def run(model: Decoder, config: TrainConfig, **more: Any) -> Decoder:
+    return train(model, data_of(config), config, **more)
+
+
+def adapters(model: Decoder) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, Ternary))]
+
+
+def comparable(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_log(path)]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_loss_falls_and_the_log_says_so(
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path, beta: float
+) -> None:
+    config = settings(tiny_gptq, rows, tmp_path / "out", max_steps=20, beta=beta)
+    before = adapters(adapted)
+    trained = run(adapted, config)
+    records = read_log(tmp_path / "out" / "trainer_log.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 21))
+    for key in ("loss", "grad_norm", "changed", "moved", "mean_abs_mu", "tokens_per_second", "epoch"):
+        assert key in records[-1]
+    losses = [record["loss"] for record in records]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert records[0]["changed"] > 0
+    assert any((old != new).any() for old, new in zip(before, adapters(trained), strict=True))
+    for old, untouched in zip(before, adapters(adapted), strict=True):
+        np.testing.assert_array_equal(old, untouched)
+    plot_log(tmp_path / "out" / "trainer_log.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("packing", "beta"), [(False, 0.0), (True, 0.9)])
+def test_stopped_and_resumed_is_the_same_as_never_stopped(
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path, packing: bool, beta: float
+) -> None:
+    changes = {"packing": packing, "beta": beta, "eval_steps": 3}
+    whole = settings(tiny_gptq, rows, tmp_path / "whole", **changes)
+    expected = run(adapted, whole, evaluate=lambda model, title: {"loss": 1.0})
+
+    def stop_at_step_3(model: Decoder, title: str) -> dict[str, float]:
+        if title.endswith("step 3"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": 1.0}
+
+    parts = settings(tiny_gptq, rows, tmp_path / "parts", **changes)
+    with pytest.raises(Stopped) as stopped:
+        run(adapted, parts, evaluate=stop_at_step_3)
+    assert (stopped.value.step, stopped.value.status) == (3, 128 + signal.SIGTERM)
+    again = dataclasses.replace(parts, resume_from_checkpoint="latest")
+    resumed = run(adapted, again, evaluate=lambda model, title: {"loss": 1.0})
+
+    for one, other in zip(adapters(expected), adapters(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert comparable(tmp_path / "whole" / "trainer_log.jsonl") == comparable(tmp_path / "parts" / "trainer_log.jsonl")
+
+
+def test_checkpoints_are_kept_up_to_the_limit(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_gptq, rows, tmp_path / "out", save_steps=2, save_total_limit=2)
+    run(adapted, config)
+    steps = sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir() if path.name.isdecimal())
+    assert steps == [6, 8]
+    with pytest.raises(ConfigError, match="steps 6, 8"):
+        run(adapted, dataclasses.replace(config, resume_from_checkpoint="3"))
+    path = str(tmp_path / "out" / "checkpoints" / "6")
+    run(adapted, dataclasses.replace(config, resume_from_checkpoint=path))
+
+
+def test_resuming_with_other_settings_is_refused(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_gptq, rows, tmp_path / "out", max_steps=2, save_steps=2)
+    run(adapted, config)
+    again = dataclasses.replace(config, resume_from_checkpoint="latest")
+    with pytest.raises(ConfigError, match=r"omega: 2.0 then, 3.0 now"):
+        run(adapted, dataclasses.replace(again, omega=3.0))
+    rows.write_text(rows.read_text().replace("after 3", "after 4"))
+    with pytest.raises(DataError, match="data"):
+        run(adapted, again)
+
+
+def test_nan_stops_with_step_and_tensor(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
+    norm = adapted.norm.weight
+    norm.set_value(norm.get_value().at[0].set(jnp.nan))
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*model\.layers\.0\.self_attn\.q_proj\.lota_[AB]"):
+        run(adapted, settings(tiny_gptq, rows, tmp_path / "out"))
+
+
+def test_log_survives_a_cut_off_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+    assert read_log(path) == [{"step": 1}]
+
+
+def test_tensorboard_gets_the_numbers(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    run(adapted, settings(tiny_gptq, rows, tmp_path / "out", max_steps=1, report_to="tensorboard"))
+    assert any((tmp_path / "out" / "runs").iterdir())

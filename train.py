@@ -1,0 +1,101 @@
+"""Fine-tune a GPTQ model with ternary adapters and write a GPTQ model back.
+
+    python train.py                                              the small model that is shipped, on its own data
+    python train.py --model qwen2.5-14b-gptq --dataset gsm8k     a known model; a folder or hub name works too
+    python train.py --config settings.yaml --omega 16            settings of a file, flags on top
+    python train.py --help                                       all settings
+
+Writes output_dir/adapter (the ternary adapters), output_dir/merged (a GPTQ folder in which only integers moved),
+output_dir/trainer_log.jsonl and output_dir/training_loss.png. Exit status: 0; 2 for an error, told in a sentence;
+128 + n when signal n stopped the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import convert
+from lotaqaf_jax.data import load_data, preview
+from lotaqaf_jax.errors import LotaError
+from lotaqaf_jax.evaluation import evaluate
+from lotaqaf_jax.models import Decoder, add_adapters, local_folder, merge
+from lotaqaf_jax.models.loading import load_decoder
+from lotaqaf_jax.models.pretrained import load_tokenizer
+from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.training import Stopped, TrainConfig, parse_config, prepare_output, train
+from lotaqaf_jax.training.log import plot_log
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn what can go wrong into a sentence and an exit status."""
+    try:
+        run(parse_config(sys.argv[1:] if argv is None else argv))
+    except LotaError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(
+            f"stopped after step {stopped.step}; a checkpoint is written. Go on with the same command and "
+            "--resume_from_checkpoint latest",
+            file=sys.stderr,
+        )
+        return stopped.status
+    return 0
+
+
+def run(config: TrainConfig) -> None:
+    """The job: load -> train -> merge -> export -> verify."""
+    started = time.perf_counter()
+    output = Path(config.output_dir)
+
+    # Load: data first, since it is quick and most mistakes are there.
+    base = CheckpointFolder(local_folder(str(config.model)))
+    tokenizer = load_tokenizer(base.path)
+    data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
+    print(data.report)
+    if config.dry_run:
+        print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
+        return
+    prepare_output(config)
+    model = add_adapters(
+        load_decoder(base, config.compute_dtype),
+        rank=config.rank,
+        omega=config.omega,
+        offset=config.offset,
+        target_modules=config.target_modules,
+        seed=config.seed,
+        offset_dtype=config.offset_dtype,
+    )
+
+    # Train, with a look at the held-out rows before and after.
+    def held_out(model: Decoder, title: str) -> dict[str, float]:
+        batches = data.validation or []
+        return dataclasses.asdict(evaluate(model, batches, progress=title, total=len(batches)))
+
+    before = held_out(model, "held-out rows before") if data.validation else None
+    model = train(model, data, config, evaluate=held_out if data.validation else None)
+    after = held_out(model, "held-out rows after") if data.validation else None
+
+    # Merge, export and verify. Nothing is rounded: integers move by one step of their grid, or not at all.
+    convert.save_adapter(model, output / "adapter", base=base, overwrite=True)
+    convert.save_pretrained(merge(model), output / "merged", base=base, overwrite=True)
+    proof = convert.verify(base, output / "merged", model=model)
+    plot_log(output / "trainer_log.jsonl", output / "training_loss.png")
+
+    print(proof)
+    if before and after:
+        print(f"held-out loss          {before['loss']:.4f} -> {after['loss']:.4f} nats per token")
+        exact = (100 * before["exact_match"], 100 * after["exact_match"], before["rows"])
+        print("held-out exact match   {:.1f} % -> {:.1f} % of {} rows".format(*exact))
+    print(f"adapter                {output / 'adapter'}")
+    print(f"merged model           {output / 'merged'}")
+    print(f"log and plot           {output / 'trainer_log.jsonl'}, {output / 'training_loss.png'}")
+    print(f"time                   {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
