@@ -167,7 +167,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{where}: format_version is {config.get('format_version')!r}, expected {_FORMAT_VERSION}. Use the release "
             f"that wrote it ({config.get('lotaqaf_jax_version', 'not named')})."
         )
-    wanted: dict[str, Any] = {"rank": int, "omega": (int, float), "offset": str, "offset_dtype": str, "base_fingerprint": str}
+    wanted: dict[str, Any] = {
+        "rank": int,
+        "omega": (int, float),
+        "offset": str,
+        "offset_dtype": str,
+        "base_fingerprint": str,
+    }
     for key, kind in wanted.items():
         if not isinstance(config.get(key), kind) or isinstance(config[key], bool):
             raise AdapterError(f"{where}: {key} is {config.get(key)!r}. The file is damaged; save the adapter again.")

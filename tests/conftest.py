@@ -16,3 +16,17 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared folder at {folder}; set LOTAQAF_SHARED to run the tests on real files")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make interop` runs the tests that open our folders with GPTQModel, transformers and PEFT."""
+    parser.addoption("--run-interop", action="store_true", help="run tests/interop; needs LOTAQAF_INTEROP_PYTHON")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-interop"):
+        return
+    skip = pytest.mark.skip(reason="needs GPTQModel and PEFT: run `make interop`")
+    for item in items:
+        if "interop" in item.path.parts:
+            item.add_marker(skip)
