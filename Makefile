@@ -18,9 +18,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Opens what we write with GPTQModel, transformers and PEFT.
-interop: $(INTEROP_VENV)/.installed
-	$(INTEROP_VENV)/bin/python -m pytest -n 0 tests/interop --run-interop
+# Opens what we write with GPTQModel, transformers and PEFT, which live in an environment of their own.
+interop: $(VENV)/.installed-test $(INTEROP_VENV)/.installed
+	LOTAQAF_INTEROP_PYTHON=$(abspath $(INTEROP_VENV)/bin/python) $(BIN)/python -m pytest -n 0 tests/interop --run-interop
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found %s: run make with PYTHON=python3.11" % sys.version.split()[0])'
@@ -36,6 +36,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+# torch first: GPTQModel asks for it while it is being installed.
+$(INTEROP_VENV)/.installed: constraints-interop.txt $(VENV)/bin/python
+	$(PYTHON) -m venv $(INTEROP_VENV)
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt torch numpy
+	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
+		'gptqmodel==7.6.0' peft optimum transformers
 	touch $@
 
 clean:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lotaqaf_jax.errors import LotaError
+
+if TYPE_CHECKING:
+    from convert.verify import Report
+    from lotaqaf_jax.quant.folder import CheckpointFolder
 
 __all__ = ["main"]
 
@@ -130,7 +134,7 @@ def merge_command(args: argparse.Namespace) -> None:
 
 def verify_command(args: argparse.Namespace) -> None:
     """Reopen a merged folder and check: every integer moved by at most one step and stayed on the grid; all other
-    tensors are byte-identical to the base's; with --adapter, words, mu and logits are bit for bit the adapter model's."""
+    tensors are byte-identical to the base's; with --adapter, words, mu and logits are those of the adapter model."""
     from convert.verify import verify
 
     base = _base(args.model)
@@ -139,19 +143,70 @@ def verify_command(args: argparse.Namespace) -> None:
     print(f"verified: {args.merged}")
 
 
-def _base(name: str):  # type: ignore[no-untyped-def]
+def import_command(args: argparse.Namespace) -> None:
+    """Bring a GPTQ folder into Flax: an Orbax checkpoint of the packed state, with config and tokenizer beside. Words
+    stay packed; `export` writes the same GPTQ tensors again."""
+    from convert.imported import import_checkpoint
+
+    import_checkpoint(_base(args.model), args.output, overwrite=args.overwrite, progress=not args.quiet)
+    print(f"imported model written to {args.output}")
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """Write a model as a Hugging Face folder. --model is what `import` wrote, or a GPTQ folder; with --adapter it must
+    be the GPTQ folder that the adapter was trained on, and the result is that of `merge`."""
+    from convert.imported import is_imported, load_imported
+    from convert.save import check_target, save_pretrained
+    from lotaqaf_jax.errors import ConfigError
+    from lotaqaf_jax.models.loading import load_decoder
+    from lotaqaf_jax.models.pretrained import default_dtype
+    from lotaqaf_jax.quant.folder import read_json
+
+    check_target(args.target)
+    imported = is_imported(args.model)
+    if args.adapter is not None:
+        if imported:
+            raise ConfigError(
+                f"--adapter: {args.model} is an imported model; an adapter is merged into the GPTQ folder that it was "
+                "trained on. Pass that folder as --model."
+            )
+        args.seed, args.report = 0, None
+        merge_command(args)
+        return
+    if imported:
+        from convert.hf import write_checkpoint
+
+        model = load_imported(args.model)
+        write_checkpoint(
+            model,
+            args.output,
+            config=read_json(Path(args.model) / "config.json"),
+            tokenizer_from=args.model,
+            overwrite=args.overwrite,
+            progress=not args.quiet,
+        )
+    else:
+        base = _base(args.model)
+        model = load_decoder(base, default_dtype(), progress=not args.quiet)
+        save_pretrained(
+            model, args.output, base=base, target=args.target, overwrite=args.overwrite, progress=not args.quiet
+        )
+    print(f"model written to {args.output}")
+
+
+def _base(name: str) -> CheckpointFolder:
     from lotaqaf_jax.models import local_folder
     from lotaqaf_jax.quant.folder import CheckpointFolder
 
     return CheckpointFolder(local_folder(name))
 
 
-def _show(report: object, path: Path | None) -> None:
+def _show(report: Report, path: Path | None) -> None:
     print(report)
     if path is not None:
         from convert.writing import write_json
 
-        write_json(path, report.to_dict())  # type: ignore[attr-defined]
+        write_json(path, report.to_dict())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -73,6 +73,7 @@ def merge_and_save(
     base: CheckpointFolder,
     target: str = "gptq",
     input_ids: np.ndarray | None = None,
+    seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -84,6 +85,7 @@ def merge_and_save(
         base: the checkpoint.
         target: the format; "gptq".
         input_ids: (batch, length) tokens to compare logits on; None for random ones.
+        seed: seed of the random ones.
         overwrite: replace a checkpoint that is there.
         progress: show progress bars when it takes longer than a second.
 
@@ -100,4 +102,4 @@ def merge_and_save(
     with new_folder(directory, overwrite=overwrite, needed=needed, sources=[base.path]) as folder:
         fill_gptq(merged, base, folder, model_name=str(directory), progress=progress)
         del merged
-        return verify(base, folder, model=model, input_ids=input_ids, progress=progress)
+        return verify(base, folder, model=model, input_ids=input_ids, seed=seed, progress=progress)

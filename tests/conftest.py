@@ -12,7 +12,8 @@ import pytest
 # Most of the suite's time is compilation of the same few programs. The processes of one test run (xdist's workers and
 # the command lines they start) share what they compile, and nothing outlives the run's temporary folder.
 _RUN = os.environ.setdefault("LOTAQAF_TEST_RUN", os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"lotaqaf-tests-{_RUN}"))
+_COMPILED = Path(tempfile.gettempdir()) / f"lotaqaf-tests-{_RUN}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_COMPILED)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
@@ -29,4 +30,18 @@ def shared() -> Path:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last process of the run, the one without a worker's name, clears the shared compilations away."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+        shutil.rmtree(_COMPILED, ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make interop` runs the tests that open our folders with GPTQModel, transformers and PEFT."""
+    parser.addoption("--run-interop", action="store_true", help="run tests/interop; needs LOTAQAF_INTEROP_PYTHON")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-interop"):
+        return
+    skip = pytest.mark.skip(reason="needs GPTQModel and PEFT: run `make interop`")
+    for item in items:
+        if "interop" in item.path.parts:
+            item.add_marker(skip)
