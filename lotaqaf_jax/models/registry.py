@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from lotaqaf_jax.errors import CheckpointError
@@ -42,6 +43,9 @@ KNOWN_MODELS = {
     "llama-3.3-70b-gptq": KnownModel("ModelCloud/Llama-3.3-70B-Instruct-gptq-4bit", 32),
 }
 
+# Owner and model, each beginning with a letter or digit: ./model and ~/model are paths.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -54,23 +58,26 @@ def local_folder(path_or_name: str | Path) -> Path:
     Raises:
         CheckpointError: no such folder or name, or the hub cannot be reached; says which folder to pass instead.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return path
     text = str(path_or_name)
+    path = Path(path_or_name).expanduser()
+    if text and path.is_dir():
+        return path
+    if text and path.exists():
+        raise CheckpointError(f"--model {text}: not a folder. Pass the folder that holds it.")
     known = KNOWN_MODELS.get(text.lower())
-    name = known.hub_name if known else text
-    if known is None and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
+    if known is None and not _HUB_NAME.fullmatch(text):
         raise CheckpointError(
             f"--model {text}: no such folder, and not a known name. Pass the folder of a GPTQ checkpoint, a hub name "
             f"(owner/model), or one of: {', '.join(sorted(KNOWN_MODELS))}."
         )
+    name = known.hub_name if known else text
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_WANTED))
     except Exception as problem:  # The hub client raises a dozen unrelated types for "could not download".
         raise CheckpointError(
-            f"--model {text}: {name} could not be downloaded from the hub ({type(problem).__name__}). Without a "
-            f"network, download {name} elsewhere and pass its folder: --model /path/to/{name.split('/')[-1]}."
+            f"--model {text}: no such folder, and {name} could not be downloaded from the hub "
+            f"({type(problem).__name__}). Without a network, download {name} elsewhere and pass its folder: "
+            f"--model /path/to/{name.split('/')[-1]}."
         ) from problem
