@@ -8,6 +8,7 @@ from convert.adapter import load_adapter, save_adapter
 from convert.fingerprint import fingerprint
 from convert.gptq import export_gptq
 from convert.hf import write_checkpoint
+from convert.imported import import_checkpoint, load_imported
 from convert.merged import load_merged
 from convert.save import TARGETS, merge_and_save, save_pretrained
 from convert.verify import ModuleReport, Report, verify
@@ -18,7 +19,9 @@ __all__ = [
     "Report",
     "export_gptq",
     "fingerprint",
+    "import_checkpoint",
     "load_adapter",
+    "load_imported",
     "load_merged",
     "merge_and_save",
     "save_adapter",

@@ -42,7 +42,6 @@ def model_config(config: DecoderConfig, dtype: Any) -> dict[str, Any]:
         "architectures": [_ARCHITECTURES[config.model_type]],
         "attention_dropout": 0.0,
         "dtype": jnp.dtype(dtype).name,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -61,6 +60,8 @@ def model_config(config: DecoderConfig, dtype: Any) -> dict[str, Any]:
         written |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
     else:
         written |= {"use_sliding_window": False}
+    if config.model_type == "llama" or config.head_dim * config.num_attention_heads != config.hidden_size:
+        written["head_dim"] = config.head_dim
     return written
 
 

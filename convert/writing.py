@@ -190,7 +190,7 @@ def write_safetensors(
         file.write(text)
         for name in order:
             dtype, shape = np.dtype(tensors[name][0]), tensors[name][1]
-            array = np.ascontiguousarray(read(name))
+            array = read(name)
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"{name}: found {array.dtype} {array.shape}, expected {dtype} {shape}")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

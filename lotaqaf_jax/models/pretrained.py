@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def load_pretrained(path_or_name: str | Path, *, dtype: Any = None, progress: bo
         ConfigError: an architecture or quantisation format that cannot be computed exactly.
     """
     folder = CheckpointFolder(local_folder(path_or_name))
+    if (folder.path / "offset_adapter").is_dir():
+        warnings.warn(
+            f"{folder.path}: offset_adapter beside the model is not applied, so its zero points are those of the base. "
+            "Use convert.load_merged to load the merged model with its offsets.",
+            stacklevel=2,
+        )
     return load_decoder(folder, default_dtype() if dtype is None else dtype, progress=progress)
 
 

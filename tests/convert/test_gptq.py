@@ -126,6 +126,15 @@ def test_refuses_an_unknown_target(base: CheckpointFolder, model: Decoder, tmp_p
         convert.save_pretrained(model, tmp_path / "out", base=base, target="floppy")
 
 
+def test_offsets_are_applied_or_their_absence_is_said(exported: tuple[Path, Report], model: Decoder) -> None:
+    ids = np.arange(8, dtype=np.int32)[None]
+    with pytest.warns(UserWarning, match=r"not applied.*convert.load_merged"):
+        without = lotaqaf_jax.load_pretrained(exported[0], progress=False)
+    merged = convert.load_merged(exported[0], progress=False)
+    np.testing.assert_array_equal(merged(ids), model(ids))
+    assert not np.array_equal(without(ids), model(ids))
+
+
 def test_offset_adapter_adds_what_mu_adds(exported: tuple[Path, Report], model: Decoder) -> None:
     """x @ A.T @ B.T equals x @ (W' - W of the integers alone), in float64 from the files, act-order included."""
     lora = load_file(exported[0] / "offset_adapter" / "adapter_model.safetensors")

@@ -40,7 +40,6 @@ CASES = (
     Case("ckpt-llama-b4g32-asym-desc", 4, "none"),
     Case("ckpt-llamapos-b4g32-asym", 4, "paper"),
     Case("ckpt-llamapos-b3g32-asym", 3, "reference"),
-    Case("ckpt-llamapos-b3g32-asym", 3, "none"),
     Case("ckpt-qwen2-b4g32-sym-desc", 4, "reference"),
     Case("ckpt-qwen2-b4g32-sym-desc", 4, "reference", ("q_proj", "down_proj")),
     Case("ckpt-qwen2-b8g64-sym-partial", 8, "reference"),

@@ -7,11 +7,11 @@ import pytest
 
 from tests.interop.conftest import CASES, Case, Opened
 
-# Largest difference of logits per unit of their mean size. transformers runs in float32, but sums in another order;
-# GPTQModel runs in float16 throughout.
-TOLERANCE = {"transformers": 0.006, "gptqmodel": 0.02}
-# The unmodified base, on the same path, differs by this much anyway; ours may not be much worse.
-SLACK = 3.0
+# Largest difference of logits per unit of their mean size. transformers computes in float32, but dequantises in
+# float16; GPTQModel runs in float16 throughout.
+TOLERANCE = {"transformers": 0.01, "gptqmodel": 0.03}
+# The unmodified base differs too, on the same path: what we wrote may not be worse than that by more than this factor.
+SLACK, EXACT = 1.5, 1e-4
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray | str) -> float:
@@ -30,9 +30,10 @@ def test_merged_model_computes_our_logits(opened: dict[str, Opened], case: Case,
     base = distance(found.ours["base"], found.theirs["base", kind])
     merged = distance(found.ours["merged"], found.theirs["merged", kind])
     print(f"{case.name} {kind}: base {base:.2e}, merged {merged:.2e}")
-    assert merged <= max(TOLERANCE[kind], SLACK * base)
+    assert merged <= TOLERANCE[kind]
+    assert merged <= max(SLACK * base, EXACT)
     # The check can see an adapter that was not applied: base and merged model are far apart on this scale.
-    assert distance(found.ours["base"], found.ours["merged"]) > 10 * merged
+    assert distance(found.ours["base"], found.ours["merged"]) > 4 * merged
 
 
 @pytest.mark.parametrize("kind", ["transformers", "gptqmodel"])
