@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lotaqaf_jax
 from lotaqaf_jax.errors import AdapterError, ConfigError
 from lotaqaf_jax.models import (
     TARGET_MODULES,
     Decoder,
+    DecoderSpec,
     QuantSpec,
     adapted_linears,
     add_adapters,
-    init_decoder,
+    dense_spec,
     linears,
     load_pretrained,
     merge,
@@ -29,7 +29,6 @@ from tests.models.tiny import CONFIG, quantized_decoder, set_random_adapters, to
 
 # All projections of one size, so that what is compiled for one serves all.
 SQUARE = dataclasses.replace(CONFIG, intermediate_size=32, num_key_value_heads=4)
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +120,22 @@ def test_omega_defaults_to_the_published_share_of_the_rank(model: Decoder) -> No
 
 
 def test_a_projection_in_16_bit_is_passed_over() -> None:
-    model = load_pretrained(CHECKPOINTS / "ckpt-llama-b4g32-sym-dynamic", progress=False)
-    names = {name for names, _, _ in adapted_linears(add_adapters(model, rank=4)) for name in names}
-    assert len(names) == 4 + 7
+    """Layer 0 with a dense MLP, as ``dynamic`` leaves it; shapes only."""
+    packed, dense = (dense_spec(SQUARE, jnp.float16, quant).layers[0] for quant in (QuantSpec(4, 16), None))
+    mixed = (*packed[:4], *dense[4:])
+    spec = DecoderSpec(layers=(mixed, packed, packed), head=None)
+    model = nnx.eval_shape(lambda: add_adapters(Decoder(SQUARE, spec), rank=4))
+    names = {name for names, _, _ in adapted_linears(model) for name in names}
+    assert len(names) == 4 + 7 + 7
     assert not any(name.startswith("model.layers.0.mlp") for name in names)
 
 
 def test_a_dense_model_has_nothing_to_adapt() -> None:
-    dense = init_decoder(dataclasses.replace(SQUARE, num_hidden_layers=1), jax.random.key(0))
+    def add() -> Decoder:
+        return add_adapters(Decoder(SQUARE, dense_spec(SQUARE)), rank=4, target_modules=("up_proj",))
+
     with pytest.raises(ConfigError, match="none of up_proj is quantised"):
-        add_adapters(dense, rank=4, target_modules=("up_proj",))
+        nnx.eval_shape(add)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def story_rows(shared: Path, folder: Path) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(ids), jnp.asarray(there)
 
 
-@pytest.mark.parametrize(("bits", "published"), [(4, 0.843), (3, 0.900), (2, 1.4)])
+@pytest.mark.parametrize(("bits", "published"), [(4, 0.843), (2, 1.4)])
 def test_a_trained_model_has_the_loss_its_makers_measured(shared: Path, bits: int, published: float) -> None:
     """Nats per token on stories; measured on 300 of them (none was published for 2 bit), compared on every fifth."""
     folder = shared / "checkpoints" / f"babyllama105-gptq-w{bits}g32-asym"
