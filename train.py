@@ -27,7 +27,7 @@ from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.training import Stopped, TrainConfig, parse_config, prepare_output, train
-from lotaqaf_jax.training.log import plot_log
+from lotaqaf_jax.training.log import plot_log, read_log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,9 +76,7 @@ def run(config: TrainConfig) -> None:
         batches = data.validation or []
         return dataclasses.asdict(evaluate(model, batches, progress=title, total=len(batches)))
 
-    before = held_out(model, "held-out rows before") if data.validation else None
     model = train(model, data, config, evaluate=held_out if data.validation else None)
-    after = held_out(model, "held-out rows after") if data.validation else None
 
     # Merge, export and verify: integers move by one step of their grid or not at all, nothing is rounded, and the
     # merged folder appears in its place only when it has been read back and every check has passed.
@@ -87,9 +85,11 @@ def run(config: TrainConfig) -> None:
     plot_log(output / "trainer_log.jsonl", output / "training_loss.png")
 
     print(proof)
-    if before and after:
-        print(f"held-out loss          {before['loss']:.4f} -> {after['loss']:.4f} nats per token")
-        exact = (100 * before["exact_match"], 100 * after["exact_match"], before["rows"])
+    looks = [record for record in read_log(output / "trainer_log.jsonl") if "eval_loss" in record]
+    if looks:
+        before, after = looks[0], looks[-1]
+        exact = (100 * before["eval_exact_match"], 100 * after["eval_exact_match"], after["eval_rows"])
+        print(f"held-out loss          {before['eval_loss']:.4f} -> {after['eval_loss']:.4f} nats per token")
         print("held-out exact match   {:.1f} % -> {:.1f} % of {} rows".format(*exact))
     print(f"adapter                {output / 'adapter'}")
     print(f"merged model           {output / 'merged'}")

@@ -70,7 +70,7 @@ class TrainConfig:
     seed: int = _help("decides adapters and order of the data", 0)
 
     logging_steps: int = _help("steps between log lines", 1)
-    eval_steps: int = _help("steps between evaluations on held-out rows; 0: only before and after", 0)
+    eval_steps: int = _help("steps between looks at the held-out rows; 0: only before and after", 0)
     save_steps: int = _help("steps between checkpoints; 0: only when stopped", 0)
     save_total_limit: int = _help("checkpoints to keep", 2)
     resume_from_checkpoint: str | None = _help("'latest', or a folder below output_dir/checkpoints", None)

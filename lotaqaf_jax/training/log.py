@@ -120,7 +120,7 @@ def plot_log(path: str | Path, picture: str | Path) -> None:
         right.set_ylim(bottom=0)
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    axes.legend(handles, labels)
+    axes.legend(handles, labels, loc="center right")
     beside = Path(picture).with_suffix(".partial.png")
     figure.savefig(beside, dpi=120)
     pyplot.close(figure)

@@ -58,7 +58,8 @@ def train(
         model: a decoder with fresh adapters.
         data: its training stream is used from where it stands.
         config: settings of the run.
-        evaluate: (model, title) -> numbers on held-out rows, logged as ``eval_<name>``; None for no evaluation.
+        evaluate: (model, title) -> numbers on held-out rows, logged as ``eval_<name>`` before the first step, after
+            the last, and every ``config.eval_steps``; None for no evaluation.
 
     Returns:
         The model with trained adapters.
@@ -95,12 +96,19 @@ def train(
         place = {"data": data.train.state(), "settings": config.decisive(), "total_steps": total}
         checkpoints.save(state, place, wait=wait)
 
+    def look(step: int, state: TrainState) -> None:
+        if evaluate is not None:
+            numbers = evaluate(current(state), f"held-out rows at step {step}")
+            log.write(step, {f"eval_{name}": value for name, value in numbers.items()})
+
     first = int(state.step)
     log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
     bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
     clock = _Clock()
     try:
         with StopSignal() as stop, log, bar:
+            if first == 0:
+                look(0, state)
             for step in range(first + 1, total + 1):
                 batch = {key: jnp.asarray(value) for key, value in next(data.train).items()}
                 state, metrics = step_function(state, frozen, batch)
@@ -116,10 +124,8 @@ def train(
                     record["epoch"] = step / data.train.steps_per_epoch
                     log.write(step, record)
                     bar.set_postfix(loss=f"{record['loss']:.4f}", moved=f"{100 * moved:.3f}%", refresh=False)
-                if evaluate and config.eval_steps and step % config.eval_steps == 0 and step < total:
-                    numbers = evaluate(current(state), f"held-out rows at step {step}")
-                    log.write(step, {f"eval_{name}": value for name, value in numbers.items()})
-                    bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+                if step == total or (config.eval_steps and step % config.eval_steps == 0):
+                    look(step, state)
                     clock.restart()
                 stopping = stop.received is not None and step < total
                 if stopping or (config.save_steps and step % config.save_steps == 0):
