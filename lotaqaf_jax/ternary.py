@@ -197,7 +197,8 @@ def adapter_gradients(
     if offset != "none":
         dd = dd + w.spread(_offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return dd @ b.T, a.T @ dd
+    exact = jax.lax.Precision.HIGHEST  # The default may be TF32 on a GPU.
+    return jnp.matmul(dd, b.T, precision=exact), jnp.matmul(a.T, dd, precision=exact)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -154,7 +154,11 @@ class Decoder(nnx.Module):
         """(..., hidden) -> logits (..., vocab) float32."""
         if self.lm_head is None:
             return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden).astype(jnp.float32)
+        if self.lm_head.is_quantized:
+            return self.lm_head(hidden).astype(jnp.float32)
+        # Not by way of the type of the activations: bfloat16 logits would tie where float32 ones do not.
+        table = self.lm_head.weight.get_value().astype(hidden.dtype)
+        return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
 
     def __call__(
         self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
