@@ -13,6 +13,7 @@ output_dir/trainer_log.jsonl and output_dir/training_loss.png. Exit status: 0; 2
 from __future__ import annotations
 
 import dataclasses
+import errno
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(parse_config(sys.argv[1:] if argv is None else argv))
     except LotaError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the disk is full ({problem}). Free some space; whole checkpoints stay.", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(

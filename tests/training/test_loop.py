@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -16,10 +17,11 @@ import pytest
 from flax import nnx
 
 from lotaqaf_jax.data import TrainingData, load_data
-from lotaqaf_jax.errors import ConfigError, DataError, TrainingError
+from lotaqaf_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from lotaqaf_jax.models import Decoder, Ternary
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.training import Stopped, TrainConfig, train
+from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.log import plot_log, read_log
 
 
@@ -128,6 +130,19 @@ def test_nan_stops_with_step_and_tensor(adapted: Decoder, tiny_gptq: Path, rows:
     norm.set_value(norm.get_value().at[0].set(jnp.nan))
     with pytest.raises(TrainingError, match=r"step 1: loss nan.*model\.layers\.0\.self_attn\.q_proj\.lota_[AB]"):
         run(adapted, settings(tiny_gptq, rows, tmp_path / "out"))
+
+
+def test_full_disk_is_told_in_a_sentence(
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = settings(tiny_gptq, rows, tmp_path / "out", max_steps=2, save_steps=1)
+    checkpoints = RunCheckpoints(tmp_path / "out" / "checkpoints")
+    monkeypatch.setattr(type(checkpoints._orbax), "save_async", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 1 could not be written .*No space left"):
+        run(adapted, config)
 
 
 def test_log_survives_a_cut_off_line(tmp_path: Path) -> None:
