@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: the disk is full ({problem}). Free some space; whole checkpoints stay.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted outside of training; no folder is left half written", file=sys.stderr)
+        return 130
     except Stopped as stopped:
         print(
             f"stopped after step {stopped.step}; a checkpoint is written. Go on with the same command and "

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from lotaqaf_jax.models import Decoder, Ternary, adapted_linears
+from lotaqaf_jax.ternary import merge, ternary_step
 from lotaqaf_jax.training.loss import IGNORE, summed_loss
 
 __all__ = ["Metrics", "TrainState", "adapter_statistics", "make_train_step", "nonfinite_tensors", "split_model"]
@@ -115,8 +116,6 @@ def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:
 
 @jax.jit
 def _statistics(weights: Any, adapter: Any) -> tuple[jax.Array, jax.Array]:
-    from lotaqaf_jax.ternary import merge, ternary_step
-
     def one(pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
         w, t = pair
         moved = jnp.abs(ternary_step(w, t.a, t.b, omega=t.omega)).sum(dtype=jnp.float32)
