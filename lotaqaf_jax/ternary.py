@@ -268,6 +268,7 @@ def adjusted_weight(
     Source: paper Eq. 3-5.
     """
     _check_shapes(w, a, b)
+    omega = float(omega)  # Static, and NumPy's numbers of no dimension cannot be.
     check_settings(a.shape[-1], omega, offset)
     return _adjusted(w, a, b, omega, offset, offset_dtype)
 
@@ -294,6 +295,7 @@ def merge(
     Source: paper Eq. 3-5.
     """
     _check_shapes(w, a, b)
+    omega = float(omega)
     check_settings(a.shape[-1], omega, offset)
     q, d, t = _step_of(w, a, b, omega)
     mu = _mu(w, d, t, omega, offset, offset_dtype)

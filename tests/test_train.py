@@ -39,7 +39,6 @@ def flags(folder: Path, output: Path, rows: Path, **changes: Any) -> list[str]:
         "lora_r": 8,
         "omega": 2,
         "max_steps": 4,
-        "gradient_accumulation_steps": 1,
         **changes,
     }
     return [part for key, value in given.items() for part in (f"--{key}", str(value))]

@@ -13,10 +13,11 @@ __all__ = ["KNOWN_MODELS", "KnownModel", "local_folder"]
 
 @dataclasses.dataclass(frozen=True)
 class KnownModel:
-    """A checkpoint on the hub, and the rank that the paper used for models of its size (omega = 0.75 * rank)."""
+    """A checkpoint on the hub, and the paper's settings for its size: rank and rows of an update; omega = 0.75 * rank."""
 
     hub_name: str
     rank: int
+    batch_size: int = 64
 
     @property
     def omega(self) -> float:

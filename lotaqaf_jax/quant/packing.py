@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +36,16 @@ def check_bits(bits: int, where: str = "bits") -> int:
     Raises:
         ConfigError: the width is not one of 2, 3, 4, 8.
     """
-    # 4.0 and True compare equal to integers, but are none.
-    if type(bits) is not int or bits not in SUPPORTED_BITS:
+    try:
+        width = operator.index(bits)  # NumPy's integers are as good; 4.0 compares equal to one, but is none.
+    except TypeError:
+        width = 0
+    if width not in SUPPORTED_BITS:
         raise ConfigError(
             f"{where}: {bits!r} is not a supported width; expected one of {SUPPORTED_BITS}. "
             "Quantise the model to one of these widths."
         )
-    return bits
+    return width
 
 
 def packed_size(count: int, bits: int) -> int:

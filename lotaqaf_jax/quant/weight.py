@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
@@ -116,7 +117,7 @@ class QuantizedWeight:
 
         Source: GPTQ on disk, formats ``gptq`` and ``gptq_v2``.
         """
-        check_bits(bits, f"{name}: bits")
+        bits, group_size = check_bits(bits, f"{name}: bits"), operator.index(group_size)
         check_format(checkpoint_format, f"{name}: checkpoint_format")
         out_features = np.shape(scales)[-1]
         if in_features is None:

@@ -62,7 +62,9 @@ class TrainConfig:
 
     per_device_train_batch_size: int = _help("rows that are computed at once", 8)
     per_device_eval_batch_size: int | None = _help("the same in evaluation; none: as in training", None)
-    gradient_accumulation_steps: int = _help("batches summed up before an update; the published 64 rows in all", 8)
+    gradient_accumulation_steps: int | None = _help(
+        "batches summed up before an update; none: 1, or for a known model what makes the published 64 rows", None
+    )
     num_train_epochs: float = _help("times through the data", 1.0)
     max_steps: int = _help("updates in all, in place of num_train_epochs; -1: by epochs", -1)
     gradient_checkpointing: bool = _help("recompute activations in the backward pass to save memory", True)
@@ -82,12 +84,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         minimum = {
             "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
             "logging_steps": 1,
             "eval_steps": 0,
             "save_steps": 0,
             "save_total_limit": 1,
         }
+        if self.gradient_accumulation_steps is not None:
+            minimum["gradient_accumulation_steps"] = 1
         for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name}: found {getattr(self, name)}, expected {least} or more.")
@@ -102,9 +105,17 @@ class TrainConfig:
         check_settings(self.rank, self.threshold, self.offset)
 
     @property
+    def accumulation(self) -> int:
+        """``gradient_accumulation_steps``, or what makes a known model's published batch, or 1."""
+        if self.gradient_accumulation_steps is not None:
+            return self.gradient_accumulation_steps
+        known = KNOWN_MODELS.get(str(self.model).lower())
+        return max(1, known.batch_size // self.per_device_train_batch_size) if known else 1
+
+    @property
     def train_batch_size(self) -> int:
         """Rows of one update."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * self.accumulation
 
     @property
     def eval_batch_size(self) -> int:

@@ -86,7 +86,7 @@ def train(
         data.train.restore(place["data"])
         print(f"resumed from step {resumed} of {total}")
     step_function = make_train_step(
-        graph, optimizer, accumulate=config.gradient_accumulation_steps, remat=config.gradient_checkpointing
+        graph, optimizer, accumulate=config.accumulation, remat=config.gradient_checkpointing
     )
 
     def current(state: TrainState) -> Decoder:

@@ -70,6 +70,12 @@ def test_rank_comes_from_the_known_model() -> None:
     assert parse_config(["--model", "qwen2.5-32b-gptq", "--dataset", "x", "--lora_r", "8"]).rank == 8
 
 
+def test_known_models_train_on_the_published_batch() -> None:
+    assert parse_config(["--model", "qwen2.5-14b-gptq", "--dataset", "x"]).train_batch_size == 64
+    assert parse_config(BASE).train_batch_size == 8
+    assert parse_config([*BASE, "--gradient_accumulation_steps", "3"]).train_batch_size == 24
+
+
 @pytest.mark.parametrize("spelling", [["--packing"], ["--packing", "true"], ["--packing", "True"]])
 def test_spellings_of_a_switch(spelling: list[str]) -> None:
     assert parse_config([*BASE, *spelling]).packing is True

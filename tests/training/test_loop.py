@@ -36,7 +36,6 @@ def settings(folder: Path, rows: Path, output: Path, **changes: Any) -> TrainCon
         "omega": 2.0,
         "max_steps": 8,
         "sigma_schedule": "paper",
-        "gradient_accumulation_steps": 1,
     }
     return TrainConfig(**{**given, **changes})
 
