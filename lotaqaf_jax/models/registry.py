@@ -13,7 +13,7 @@ __all__ = ["KNOWN_MODELS", "KnownModel", "local_folder"]
 
 @dataclasses.dataclass(frozen=True)
 class KnownModel:
-    """A checkpoint on the hub, and the paper's settings for its size: rank and rows of an update; omega = 0.75 * rank."""
+    """A checkpoint on the hub, and the paper's settings for its size; omega is 0.75 * rank."""
 
     hub_name: str
     rank: int
