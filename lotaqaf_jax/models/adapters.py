@@ -20,7 +20,7 @@ from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import Offset, check_settings, init_adapter, moved_share
 from lotaqaf_jax.ternary import merge as merge_weight
 
-__all__ = ["TARGET_MODULES", "adapted_linears", "add_adapters", "linears", "merge", "moved_shares"]
+__all__ = ["TARGET_MODULES", "adapted_linears", "add_adapters", "check_targets", "linears", "merge", "moved_shares"]
 
 TARGET_MODULES = tuple(path.split(".")[1] for path in PROJECTIONS)
 
@@ -46,6 +46,21 @@ def adapted_linears(model: Decoder) -> Iterator[tuple[list[str], Linear, Ternary
 def _shallow_copy(model: Decoder) -> Decoder:
     """Another module over the same arrays."""
     return nnx.merge(*nnx.split(model), copy=True)
+
+
+def check_targets(target_modules: Sequence[str]) -> None:
+    """Check names of projections to adapt.
+
+    Raises:
+        ConfigError: none, or one that is not of :data:`TARGET_MODULES`.
+    """
+    if not target_modules:
+        raise ConfigError(f"target_modules: none given; expected some of {', '.join(TARGET_MODULES)}.")
+    unknown = sorted(set(target_modules) - set(TARGET_MODULES))
+    if unknown:
+        raise ConfigError(
+            f"target_modules: {', '.join(unknown)} not known; expected some of {', '.join(TARGET_MODULES)}."
+        )
 
 
 def add_adapters(
@@ -80,13 +95,7 @@ def add_adapters(
     omega = 0.75 * rank if omega is None else omega
     check_settings(rank, omega, offset)
     dtype = _offset_type(offset_dtype)
-    if not target_modules:
-        raise ConfigError(f"target_modules: none given; expected some of {', '.join(TARGET_MODULES)}.")
-    unknown = sorted(set(target_modules) - set(TARGET_MODULES))
-    if unknown:
-        raise ConfigError(
-            f"target_modules: {', '.join(unknown)} not known; expected some of {', '.join(TARGET_MODULES)}."
-        )
+    check_targets(target_modules)
     _check_unadapted(model)
     model = _shallow_copy(model)
     adapted = 0

@@ -13,6 +13,7 @@ import yaml
 from lotaqaf_jax.data import DataConfig
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import KNOWN_MODELS
+from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.pretrained import default_dtype
 from lotaqaf_jax.ternary import check_settings
 
@@ -55,7 +56,7 @@ class TrainConfig:
     offset_dtype: Literal["float32", "float16", "bfloat16"] = _help("type that mu is stored in", "float32")
     target_modules: list[str] = _help(
         "projections to adapt",
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        list(TARGET_MODULES),
     )
     sigma_schedule: Literal["reference", "paper"] = _help("schedule of the gradient quantile", "reference")
     beta: float = _help("average gradients over steps before sign and threshold; 0: the published rule", 0.0)
@@ -103,6 +104,7 @@ class TrainConfig:
         if self.model is not None and self.dataset is None:
             raise ConfigError("--dataset is missing. Name the file, folder, hub name or preset to train on.")
         check_settings(self.rank, self.threshold, self.offset)
+        check_targets(self.target_modules)
 
     @property
     def accumulation(self) -> int:
