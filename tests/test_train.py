@@ -163,7 +163,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tiny_gptq: Path
     rows = write_rows(run_dir / "signal.jsonl", 24)
     command = [sys.executable, str(ROOT / "train.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    stopped = flags(tiny_gptq, run_dir / "stopped", rows, max_steps=400, logging_steps=1)
+    stopped = flags(tiny_gptq, run_dir / "stopped", rows, max_steps=120, logging_steps=1)
     process = subprocess.Popen([*command, *stopped], env=environment, stderr=subprocess.PIPE, text=True)
     log = run_dir / "stopped" / "trainer_log.jsonl"
     deadline = time.monotonic() + 300
@@ -178,11 +178,11 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tiny_gptq: Path
     assert not (run_dir / "stopped" / "merged").exists()
 
     assert train.main([*stopped, "--resume_from_checkpoint", "latest"]) == 0
-    assert train.main(flags(tiny_gptq, run_dir / "whole", rows, max_steps=400, logging_steps=1)) == 0
+    assert train.main(flags(tiny_gptq, run_dir / "whole", rows, max_steps=120, logging_steps=1)) == 0
     one = load_file(run_dir / "stopped" / "adapter" / "adapter_model.safetensors")
     other = load_file(run_dir / "whole" / "adapter" / "adapter_model.safetensors")
     assert one.keys() == other.keys()
     for name, array in one.items():
         np.testing.assert_array_equal(array, other[name])
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 121))
