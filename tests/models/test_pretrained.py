@@ -20,7 +20,7 @@ from lotaqaf_jax.models.pretrained import default_dtype
 from lotaqaf_jax.quant import decode_zeros, encode_zeros
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-OURS = sorted(path.name for path in CHECKPOINTS.iterdir())
+OURS = sorted(path.name for path in CHECKPOINTS.glob("ckpt-*"))
 # Those of the shared folder that the repository has no copy of.
 MORE = (
     "ckpt-hfq-llama-b4g32-asym-desc",
