@@ -64,7 +64,7 @@ def check_settings(rank: int, omega: float, offset: str) -> None:
         raise ConfigError(f"rank: found {rank}, expected at least 2, since the threshold lies between 0 and rank.")
     if not 0 < omega < rank:
         raise ConfigError(
-            f"omega: found {omega}, expected 0 < omega < rank = {rank}. The published setting is 0.75 * rank = "
+            f"omega: found {omega:g}, expected 0 < omega < rank = {rank}. The published setting is 0.75 * rank = "
             f"{0.75 * rank:g}."
         )
     if offset not in get_args(Offset):
