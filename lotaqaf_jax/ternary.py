@@ -64,7 +64,7 @@ def check_settings(rank: int, omega: float, offset: str) -> None:
         raise ConfigError(f"rank: found {rank}, expected at least 2, since the threshold lies between 0 and rank.")
     if not 0 < omega < rank:
         raise ConfigError(
-            f"omega: found {omega:g}, expected 0 < omega < rank = {rank}. The published setting is 0.75 * rank = "
+            f"omega: found {omega}, expected 0 < omega < rank = {rank}. The published setting is 0.75 * rank = "
             f"{0.75 * rank:g}."
         )
     if offset not in get_args(Offset):
@@ -268,9 +268,9 @@ def adjusted_weight(
     Source: paper Eq. 3-5.
     """
     _check_shapes(w, a, b)
-    omega = float(omega)  # Static, and NumPy's numbers of no dimension cannot be.
     check_settings(a.shape[-1], omega, offset)
-    return _adjusted(w, a, b, omega, offset, offset_dtype)
+    # Static, which a NumPy number of no dimension cannot be.
+    return _adjusted(w, a, b, float(omega), offset, offset_dtype)
 
 
 def merge(
@@ -295,7 +295,6 @@ def merge(
     Source: paper Eq. 3-5.
     """
     _check_shapes(w, a, b)
-    omega = float(omega)
     check_settings(a.shape[-1], omega, offset)
     q, d, t = _step_of(w, a, b, omega)
     mu = _mu(w, d, t, omega, offset, offset_dtype)
