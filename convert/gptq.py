@@ -25,12 +25,11 @@ from convert.tensors import quantized_weights, refuse_adapters
 from convert.writing import new_folder
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder
-from lotaqaf_jax.quant.folder import CheckpointFolder, read_json
+from lotaqaf_jax.quant.folder import INDEX, CheckpointFolder, read_json
 
 __all__ = ["CONFIG_FILES", "export_gptq", "fill_gptq", "read_config", "signed"]
 
 CONFIG_FILES = ("config.json", "quantize_config.json")
-_INDEX = "model.safetensors.index.json"
 
 
 def export_gptq(
@@ -72,8 +71,8 @@ def fill_gptq(model: Decoder, base: CheckpointFolder, folder: Path, *, model_nam
         progress: show a progress bar when it takes longer than a second.
     """
     copy_companions(base.path, folder, skip=CONFIG_FILES)
-    if (base.path / _INDEX).is_file():
-        shutil.copyfile(base.path / _INDEX, folder / _INDEX)
+    if (base.path / INDEX).is_file():
+        shutil.copyfile(base.path / INDEX, folder / INDEX)
     for name in CONFIG_FILES:
         if (base.path / name).is_file():
             text = (base.path / name).read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from convert.writing import new_folder, write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.quant.config import QuantizationConfig
+from lotaqaf_jax.quant.folder import INDEX
 
 __all__ = ["copy_companions", "write_checkpoint"]
 
@@ -121,4 +122,4 @@ def _write_shards(folder: Path, tensors: list[HFTensor], progress: bool) -> None
     if len(shards) > 1:
         where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)

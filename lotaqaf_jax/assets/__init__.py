@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["DEFAULT_HELDOUT", "DEFAULT_MODEL", "DEFAULT_TRAIN"]
+__all__ = ["DEFAULT_HELDOUT", "DEFAULT_MODEL", "DEFAULT_RUN", "DEFAULT_TRAIN"]
 
-_DEFAULT = Path(__file__).parent / "default"
+DEFAULT_RUN = Path(__file__).parent / "default"
+"""Folder of all that follows, with the settings of the run in train.yaml."""
 
-DEFAULT_MODEL = _DEFAULT / "model"
+DEFAULT_MODEL = DEFAULT_RUN / "model"
 """Checkpoint folder: a Qwen2 decoder in GPTQ, with its tokenizer and chat template."""
 
-DEFAULT_TRAIN = _DEFAULT / "data" / "train.jsonl"
+DEFAULT_TRAIN = DEFAULT_RUN / "data" / "train.jsonl"
 """Rows to train on: instruction, input, output."""
 
-DEFAULT_HELDOUT = _DEFAULT / "data" / "heldout.jsonl"
+DEFAULT_HELDOUT = DEFAULT_RUN / "data" / "heldout.jsonl"
 """Rows to evaluate on; no message of theirs is in :data:`DEFAULT_TRAIN`."""

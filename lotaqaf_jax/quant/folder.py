@@ -14,7 +14,7 @@ import numpy as np
 from lotaqaf_jax.errors import CheckpointError, ConfigError
 from lotaqaf_jax.quant.config import QuantizationConfig
 
-__all__ = ["CheckpointFolder", "TensorEntry", "read_header", "read_json"]
+__all__ = ["INDEX", "CheckpointFolder", "TensorEntry", "read_header", "read_json"]
 
 INDEX = "model.safetensors.index.json"
 _DTYPES: dict[str, Any] = {

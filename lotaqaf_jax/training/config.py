@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lotaqaf_jax.assets import DEFAULT_RUN
 from lotaqaf_jax.data import DataConfig
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import KNOWN_MODELS
@@ -17,10 +18,7 @@ from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.pretrained import default_dtype
 from lotaqaf_jax.ternary import check_settings
 
-__all__ = ["DEFAULT_RUN", "TrainConfig", "parse_config"]
-
-# The settings of `python train.py` without a model: the small model that is shipped, on its own data.
-DEFAULT_RUN = Path(__file__).parent.parent / "assets" / "default"
+__all__ = ["TrainConfig", "parse_config"]
 
 
 def _help(text: str, default: Any) -> Any:
