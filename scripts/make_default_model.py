@@ -7,7 +7,7 @@ departments keep them in (scripts/default_model/orders.py), then quantised with 
 for the notation of a twenty-first department. Everything is synthetic, made from the word lists of that file and
 ``--seed``.
 
-With the defaults it took 21 minutes on two cores that were shared with other work. The model then answers
+With the defaults it took 10 minutes on two cores, jax 0.10.2. The model then answers
 97.4 % of 384 unseen pretraining rows exactly, before and after quantisation; of the rows that ask for a
 department's notation all, and of the new notation none. Everything is drawn from ``--seed``: the data is the same
 everywhere, the weights depend on the machine and the version of JAX too. 1.14 MB in all.
