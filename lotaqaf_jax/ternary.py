@@ -140,18 +140,32 @@ def _mu(
     """
     if offset == "none":
         return None
-    total = w.group_sum(d)
-    taken = w.group_sum(t).astype(jnp.float32)
-    for part in _short_parts(omega):  # sum(R) = sum(D) - omega * sum(T)
-        total = total - part * taken
-    rows = w.group_rows() * (omega if offset == "reference" else 1.0)
-    mean = total * jax.lax.reduce_precision(1.0 / rows, exponent_bits=8, mantissa_bits=22)
+    return offset_of_sums(w, w.group_sum(d), w.group_sum(t).astype(jnp.float32), omega, offset, offset_dtype)
+
+
+def offset_of_sums(
+    w: QuantizedWeight, sum_d: jax.Array, sum_t: jax.Array, omega: float, offset: str, offset_dtype: Any
+) -> jax.Array:
+    """mu (groups, out) from the sums of D and of T over the rows of each group, (groups, out) float32.
+
+    See :func:`_mu` for why it is written as it is. ``offset`` is "reference" or "paper".
+    """
+    total = sum_d
+    for part in short_parts(omega):  # sum(R) = sum(D) - omega * sum(T)
+        total = total - part * sum_t
+    mean = total * inverse_rows(w, omega, offset)
     kept = jnp.finfo(offset_dtype)
     mu = jax.lax.reduce_precision(mean, exponent_bits=kept.nexp, mantissa_bits=min(kept.nmant, 22))
     return jax.lax.optimization_barrier(mu.astype(offset_dtype))
 
 
-def _short_parts(value: float) -> list[float]:
+def inverse_rows(w: QuantizedWeight, omega: float, offset: str) -> jax.Array:
+    """What the sum of R over a group is multiplied by to give mu: 1/rows, over omega for "reference"; (groups, 1)."""
+    rows = w.group_rows() * (omega if offset == "reference" else 1.0)
+    return jax.lax.reduce_precision(1.0 / rows, exponent_bits=8, mantissa_bits=22)
+
+
+def short_parts(value: float) -> list[float]:
     """``value`` in float32 as a sum of at most three numbers of eight bits.
 
     The product of one of them and an integer below 65536, the rows of any group, is exact in float32.

@@ -2,26 +2,69 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import warnings
 from typing import Literal, get_args
+
+import jax
 
 from lotaqaf_jax.errors import ConfigError
 
-__all__ = ["Implementation", "choose"]
+__all__ = ["Implementation", "choose", "missing_for_triton"]
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "triton"]
 
 
 def choose(implementation: str | None = None) -> Implementation:
     """Return the implementation to use.
 
     Args:
-        implementation: a name, or None for the best one that runs here. "xla" is plain JAX and runs everywhere.
+        implementation: "xla" is plain JAX and runs everywhere; "triton" are kernels for NVIDIA cards of compute
+            capability 8.0 or more; None is "triton" where it runs, and "xla", with one warning on a GPU, where not.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or "triton" without the packages it needs.
     """
     if implementation is None:
-        return "xla"
+        return _default(jax.default_backend())
     if implementation not in get_args(Implementation):
         raise ConfigError(f"implementation: found {implementation!r}, expected one of {get_args(Implementation)}.")
+    if implementation == "triton" and (missing := _missing_packages()):
+        raise ConfigError(
+            f"implementation: 'triton' needs {missing}; pip install 'lotaqaf_jax[gpu]', or leave implementation out "
+            "to use what is there."
+        )
     return implementation  # type: ignore[return-value]
+
+
+@functools.cache
+def _default(backend: str) -> Implementation:
+    if backend != "gpu":
+        return "xla"
+    missing = missing_for_triton()
+    if missing is None:
+        return "triton"
+    warnings.warn(
+        f"The fused GPU kernels are not used, because {missing}. Results are right, training and generation slower.",
+        stacklevel=3,
+    )
+    return "xla"
+
+
+def missing_for_triton() -> str | None:
+    """What keeps the Triton kernels from running on the first device, as the end of a sentence; None if nothing."""
+    if packages := _missing_packages():
+        return f"{packages} cannot be imported (pip install 'lotaqaf_jax[gpu]')"
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or capability is None:
+        return f"the first device is {device.platform!r}, no NVIDIA card"
+    if tuple(int(part) for part in str(capability).split(".")) < (8, 0):
+        return f"{device.device_kind} has compute capability {capability} and they need 8.0"
+    return None
+
+
+def _missing_packages() -> str:
+    names = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    return " and ".join(names)

@@ -1,0 +1,45 @@
+"""Tile sizes of the kernels in this folder, apart from the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+__all__ = ["AdjustBlocks", "adjust_blocks", "period_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdjustBlocks:
+    """``periods`` of the bitstream by ``columns`` in a tile, run by ``num_warps`` warps."""
+
+    periods: int
+    columns: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def period_of(bits: int) -> tuple[int, int]:
+    """(values, words) of one period of the bitstream: (8, 1) at 4 bit, (32, 3) at 3 bit."""
+    values = 32 // math.gcd(32, bits)
+    return values, values * bits // 32
+
+
+_TABLE = {
+    2: AdjustBlocks(16, 128, 4),
+    3: AdjustBlocks(16, 64, 4),
+    4: AdjustBlocks(16, 128, 4),
+    8: AdjustBlocks(32, 64, 4),
+}
+
+
+def adjust_blocks(bits: int, group_size: int) -> AdjustBlocks | None:
+    """The tile for a width and group size, or None where groups do not fill tiles.
+
+    Tiles hold whole groups, and groups whole periods, in powers of two, as Triton's shapes are.
+    """
+    values, _ = period_of(bits)
+    periods, rest = divmod(group_size, values)
+    if group_size <= 0 or rest or periods & (periods - 1) or periods > 64:
+        return None
+    blocks = _TABLE[bits]
+    return dataclasses.replace(blocks, periods=max(blocks.periods, periods))

@@ -1,0 +1,211 @@
+"""The adjusted weight on a GPU: which kernel runs, with which arguments. Equations: :mod:`lotaqaf_jax.ternary`.
+
+Where a tile holds whole groups of consecutive rows, one kernel does everything. Groups that no tile holds (one group for
+all rows, odd sizes) and act-order take three: steps, group sums, dequantise; the words with the steps added pass between
+them. Nothing of the size (in, out) is made but the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lotaqaf_jax.kernels.adjust.blocks import AdjustBlocks, adjust_blocks, period_of
+from lotaqaf_jax.kernels.launch import launch
+from lotaqaf_jax.quant.weight import QuantizedWeight, trivial_g_idx
+from lotaqaf_jax.ternary import Offset, inverse_rows, offset_of_sums, short_parts
+
+__all__ = ["adjusted", "dequantized", "merged"]
+
+
+def adjusted(
+    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any, dtype: Any
+) -> jax.Array:
+    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out)."""
+    blocks = None if w.g_idx is not None else adjust_blocks(w.bits, w.group_size)
+    if blocks is None:
+        return dequantized(_merged_by_parts(w, a, b, omega, offset, offset_dtype), dtype)
+    return _one_pass(w, a, b, omega, offset, offset_dtype, dtype, blocks)[0]
+
+
+def merged(
+    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
+) -> QuantizedWeight:
+    """:func:`lotaqaf_jax.ternary.merge`, the new words in place of the old where their buffer is donated."""
+    blocks = None if w.g_idx is not None else adjust_blocks(w.bits, w.group_size)
+    if blocks is None:
+        return _merged_by_parts(w, a, b, omega, offset, offset_dtype)
+    _, words, mu, _ = _one_pass(w, a, b, omega, offset, offset_dtype, None, blocks)
+    return dataclasses.replace(w, qweight=words, offset=mu)
+
+
+def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
+    """W rounded to ``dtype``, (in, out)."""
+    values, words = period_of(w.bits)
+    n_in, n_out = w.shape
+    periods, columns = 16, 128
+    nothing = jnp.zeros((1, 1), jnp.float32)
+    (weight,) = launch(
+        _kernels().dequantize_kernel,
+        w.qweight,
+        w.scales,
+        w.zeros,
+        nothing if w.offset is None else w.offset,
+        jnp.zeros((1,), jnp.int32) if w.g_idx is None else w.g_idx,
+        n_in,
+        n_out,
+        w.qweight.shape[0],
+        w.groups,
+        out=[jax.ShapeDtypeStruct(w.shape, dtype)],
+        grid=(-(-n_out // columns), -(-n_in // (periods * values))),
+        num_warps=4,
+        num_stages=1,
+        BITS=w.bits,
+        VALUES=values,
+        WORDS=words,
+        GROUP=_rows_of_group(w),
+        OFFSET=w.offset is not None,
+        BLOCK_P=periods,
+        BLOCK_N=columns,
+    )
+    return weight
+
+
+def _rows_of_group(w: QuantizedWeight) -> int:
+    """Rows of a group, or 0 with act-order, where they are not consecutive."""
+    if w.g_idx is not None:
+        return 0
+    return w.shape[0] if w.group_size == -1 else w.group_size
+
+
+def _one_pass(
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: float,
+    offset: Offset,
+    offset_dtype: Any,
+    dtype: Any | None,
+    blocks: AdjustBlocks,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """(weight, merged words, mu, moved integers of every tile): the weight if ``dtype``, words and mu if not."""
+    n_in, n_out = w.shape
+    rank = a.shape[-1]
+    values, words = period_of(w.bits)
+    grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
+    has_offset = offset != "none"
+    parts = [*short_parts(omega), 0.0, 0.0, 0.0][:3]
+    none = (1, 1)
+    merging = dtype is None
+    weight, new_words, mu, moved = launch(
+        _kernels().adjust_kernel,
+        w.qweight,
+        w.scales,
+        w.zeros,
+        a.astype(jnp.float16),
+        b.astype(jnp.float16),
+        inverse_rows(w, omega, offset) if has_offset else jnp.zeros(none, jnp.float32),
+        n_in,
+        n_out,
+        w.qweight.shape[0],
+        w.groups,
+        rank,
+        float(math.floor(omega)),
+        *parts,
+        out=[
+            jax.ShapeDtypeStruct(none if merging else w.shape, jnp.float32 if merging else dtype),
+            jax.ShapeDtypeStruct(w.qweight.shape if merging else none, jnp.int32),
+            jax.ShapeDtypeStruct((w.groups, n_out) if merging and has_offset else none, offset_dtype),
+            jax.ShapeDtypeStruct(grid[::-1], jnp.int32),
+        ],
+        grid=grid,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        aliases={0: 1} if merging else None,
+        BITS=w.bits,
+        VALUES=values,
+        WORDS=words,
+        RANK=max(16, 1 << (rank - 1).bit_length()),
+        GROUP=w.group_size,
+        OFFSET=has_offset,
+        DROP=23 - min(jnp.finfo(offset_dtype).nmant, 22),
+        FLUSH=jnp.dtype(offset_dtype) == jnp.float16,
+        WEIGHT=not merging,
+        MERGED=merging,
+        BLOCK_P=blocks.periods,
+        BLOCK_N=blocks.columns,
+    )
+    return weight, new_words, mu if merging and has_offset else None, moved
+
+
+def _merged_by_parts(
+    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
+) -> QuantizedWeight:
+    n_in, n_out = w.shape
+    rank = a.shape[-1]
+    values, words = period_of(w.bits)
+    periods, columns = 16, 128 if w.bits != 3 else 64
+    grid = (-(-n_out // columns), -(-n_in // (periods * values)))
+    new_words, _ = launch(
+        _kernels().step_kernel,
+        w.qweight,
+        a.astype(jnp.float16),
+        b.astype(jnp.float16),
+        n_in,
+        n_out,
+        w.qweight.shape[0],
+        rank,
+        float(math.floor(omega)),
+        out=[jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32), jax.ShapeDtypeStruct(grid[::-1], jnp.int32)],
+        grid=grid,
+        num_warps=4,
+        num_stages=1,
+        BITS=w.bits,
+        VALUES=values,
+        WORDS=words,
+        RANK=max(16, 1 << (rank - 1).bit_length()),
+        BLOCK_P=periods,
+        BLOCK_N=columns,
+    )
+    mu = None
+    if offset != "none":
+        # The sum of D over a group is the sum of A's rows times B: exact, and small.
+        sum_a = w.group_sum(a.astype(jnp.float32))
+        sum_d = jnp.matmul(sum_a, b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        mu = offset_of_sums(w, sum_d, _group_steps(w, new_words), omega, offset, offset_dtype)
+    return dataclasses.replace(w, qweight=new_words, offset=mu)
+
+
+def _group_steps(w: QuantizedWeight, new_words: jax.Array) -> jax.Array:
+    """Sum of T over the rows of each group, (groups, out) float32."""
+    g_idx = jnp.asarray(trivial_g_idx(w.shape[0], w.group_size)) if w.g_idx is None else w.g_idx
+    order = jnp.argsort(g_idx, stable=True).astype(jnp.int32)
+    start = jnp.searchsorted(g_idx[order], jnp.arange(w.groups + 1)).astype(jnp.int32)
+    columns = 256
+    (taken,) = launch(
+        _kernels().group_steps_kernel,
+        w.qweight,
+        new_words,
+        order,
+        start,
+        w.shape[1],
+        w.qweight.shape[0],
+        out=[jax.ShapeDtypeStruct((w.groups, w.shape[1]), jnp.float32)],
+        grid=(-(-w.shape[1] // columns), w.groups),
+        num_warps=4,
+        num_stages=3,
+        BITS=w.bits,
+        BLOCK_N=columns,
+    )
+    return taken
+
+
+def _kernels() -> Any:
+    """The Triton kernels, imported only where they are used."""
+    from lotaqaf_jax.kernels.adjust import triton
+
+    return triton

@@ -1,0 +1,103 @@
+"""Launching a Triton kernel on JAX arrays: through jax-triton on a card, through Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["launch"]
+
+
+def launch(
+    kernel: Any,
+    *inputs: jax.Array | int | float,
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    fuse: bool = False,
+    aliases: dict[int, int] | None = None,
+    zeroed: Sequence[int] = (),
+    **constants: Any,
+) -> list[jax.Array]:
+    """Run ``kernel`` over ``grid`` and return its outputs.
+
+    Args:
+        kernel: a ``triton.jit`` function whose parameters are the inputs, one pointer for every output, and constants.
+            Where TRITON_INTERPRET=1 was set before it was imported, Triton's interpreter runs it, which needs torch.
+        inputs: arrays (passed as pointers) and numbers.
+        out: shapes and types of the outputs.
+        grid: number of programs along each axis.
+        num_warps: warps of a program.
+        num_stages: depth of software pipelining.
+        fuse: whether a product and a sum may be contracted into one operation that rounds once.
+        aliases: {input: output} that share a buffer.
+        zeroed: outputs that are set to zero before the kernel starts.
+        constants: the kernel's ``tl.constexpr`` parameters.
+    """
+    if type(kernel).__name__ == "InterpretedFunction":
+        return _interpret(kernel, inputs, out, grid, aliases or {}, zeroed, constants)
+    # Imported here, because it changes the environment and is needed on a card alone.
+    import jax_triton
+
+    return jax_triton.triton_call(
+        # A Python float would be passed in double precision.
+        *(np.float32(value) if isinstance(value, float) else value for value in inputs),
+        kernel=kernel,
+        out_shape=list(out),
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        enable_fp_fusion=fuse,
+        input_output_aliases=aliases,
+        zeroed_outputs=tuple(zeroed),
+        name=kernel.fn.__name__,
+        **_capability(),
+        **constants,
+    )
+
+
+def _capability() -> dict[str, int]:
+    """Where no card is at hand, compile for Hopper: the caller lowers for a described machine."""
+    return {} if jax.default_backend() == "gpu" else {"compute_capability": 90}
+
+
+def _interpret(
+    kernel: Any,
+    inputs: Sequence[Any],
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    aliases: dict[int, int],
+    zeroed: Sequence[int],
+    constants: dict[str, Any],
+) -> list[jax.Array]:
+    arrays = [value for value in inputs if not isinstance(value, int | float)]
+
+    def run(*concrete: Any) -> list[np.ndarray]:
+        import torch
+
+        def tensor(array: Any) -> Any:
+            array = np.array(array)  # A copy: what JAX passes may not be written to.
+            if array.dtype.name == "bfloat16":
+                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            if array.dtype == np.uint32:
+                return torch.from_numpy(array.view(np.int32)).view(torch.uint32)
+            return torch.from_numpy(array)
+
+        given = iter([tensor(array) for array in concrete])
+        arguments = [value if isinstance(value, int | float) else next(given) for value in inputs]
+        # Outputs start as garbage, as on a card, so that a kernel that leaves some out is found.
+        fill = [0 if index in zeroed else 77 for index in range(len(out))]
+        outputs = [tensor(np.full(s.shape, value).astype(s.dtype)) for s, value in zip(out, fill, strict=True)]
+        for source, target in aliases.items():
+            outputs[target] = arguments[source]
+        kernel[grid](*arguments, *outputs, **constants)
+        return [
+            o.view(torch.int16).numpy().view(s.dtype) if s.dtype == jax.numpy.bfloat16 else o.numpy()
+            for o, s in zip(outputs, out, strict=True)
+        ]
+
+    return list(jax.pure_callback(run, list(out), *arrays))
