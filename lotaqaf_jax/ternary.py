@@ -123,7 +123,7 @@ def moved_share(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float)
     return jnp.mean(jnp.abs(ternary_step(w, a, b, omega=omega)), dtype=jnp.float32)
 
 
-def _offset_scale(omega: float, offset: str) -> float:
+def offset_scale(omega: float, offset: str) -> float:
     """c, by which the group mean of R is multiplied to give mu."""
     return {"reference": 1.0 / omega, "paper": 1.0, "none": 0.0}[offset]
 
@@ -209,7 +209,7 @@ def adapter_gradients(
     """
     dd = w.spread(w.scales).astype(jnp.float32) * dweight.astype(jnp.float32)
     if offset != "none":
-        dd = dd + w.spread(_offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
+        dd = dd + w.spread(offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     exact = jax.lax.Precision.HIGHEST  # The default may be TF32 on a GPU.
     return jnp.matmul(dd, b.T, precision=exact), jnp.matmul(a.T, dd, precision=exact)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -137,12 +138,22 @@ def _linear_bwd(
     saved: tuple[jax.Array, QuantizedWeight, TernaryAdapter | None], dy: jax.Array
 ) -> tuple[jax.Array, None, TernaryAdapter | None]:
     x, w, adapter = saved
-    dx = dy @ weight_matrix(w, adapter, x.dtype, implementation).T
+    # Contractions rather than transposes, which XLA may write out in full.
+    dx = jax.lax.dot_general(
+        dy, weight_matrix(w, adapter, x.dtype, implementation), (((dy.ndim - 1,), (1,)), ((), ()))
+    )
     if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
         return dx, None, None
-    rows = functools.reduce(lambda n, size: n * size, x.shape[:-1], 1)
-    dweight = jnp.matmul(x.reshape(rows, -1).T, dy.reshape(rows, -1), preferred_element_type=jnp.float32)
-    da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
+    rows = math.prod(x.shape[:-1])
+    # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at half
+    # the memory.
+    dweight = jax.lax.dot_general(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ())))
+    project = adapter_gradients
+    if implementation == "triton":
+        from lotaqaf_jax.kernels.project import gpu
+
+        project = gpu.projected if gpu.fits_tiles(w) else adapter_gradients
+    da, db = project(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lotaqaf_jax.kernels.attention import causal_attention
 from lotaqaf_jax.models.config import DecoderConfig
-from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm
+from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, wide_logits
 from lotaqaf_jax.models.rope import apply_rope, rope_angles
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec
 
@@ -56,7 +57,7 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        mixed = causal_attention(q, k, v, mask)
         return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim))
 
 
@@ -156,9 +157,7 @@ class Decoder(nnx.Module):
             return self.embed_tokens.attend(hidden)
         if self.lm_head.is_quantized:
             return self.lm_head(hidden).astype(jnp.float32)
-        # Not by way of the type of the activations: bfloat16 logits would tie where float32 ones do not.
-        table = self.lm_head.weight.get_value().astype(hidden.dtype)
-        return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+        return wide_logits(hidden, self.lm_head.weight.get_value().astype(hidden.dtype))
 
     def __call__(
         self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None

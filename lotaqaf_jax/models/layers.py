@@ -81,8 +81,41 @@ class Linear(nnx.Module):
         if self.is_quantized:
             y = quantized_linear(x, self.packed, self.ternary)
         else:
-            y = x @ self.weight.get_value().astype(x.dtype).T
+            table = self.weight.get_value().astype(x.dtype)
+            y = jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+@jax.custom_vjp
+def wide_logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    """x @ table.T in float32, whatever the type of the operands: 16-bit logits would tie where float32 ones do not.
+
+    The gradient of the logits is rounded to the type of ``x`` before it is multiplied; otherwise JAX would widen the
+    table to float32 instead.
+
+    Args:
+        x: (..., hidden).
+        table: (vocab, hidden) in the type of ``x``.
+
+    Returns:
+        (..., vocab) float32.
+    """
+    return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _wide_logits_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return wide_logits(x, table), (x, table)
+
+
+def _wide_logits_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, table = saved
+    dy = dy.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(dy, table, (((x.ndim - 1,), (0,)), ((), ())))
+    return dx, jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
+
+
+wide_logits.defvjp(_wide_logits_fwd, _wide_logits_bwd)
 
 
 class Embed(nnx.Module):
@@ -97,8 +130,7 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """(..., hidden) -> (..., vocab) float32: x @ table.T."""
-        table = self.weight.get_value().astype(x.dtype)
-        return jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
+        return wide_logits(x, self.weight.get_value().astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
