@@ -148,12 +148,7 @@ def _linear_bwd(
     # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at half
     # the memory.
     dweight = jax.lax.dot_general(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ())))
-    project = adapter_gradients
-    if implementation == "triton":
-        from lotaqaf_jax.kernels.project import gpu
-
-        project = gpu.projected if gpu.fits_tiles(w) else adapter_gradients
-    da, db = project(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
+    da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
 
 

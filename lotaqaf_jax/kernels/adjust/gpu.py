@@ -71,11 +71,6 @@ def merged(
         a.astype(jnp.float16),
         b.astype(jnp.float16),
         inverse_rows(w, omega, offset) if has_offset else jnp.zeros((1, 1), jnp.float32),
-        n_in,
-        n_out,
-        w.qweight.shape[0],
-        w.groups,
-        rank,
         float(math.floor(omega)),
         *[*parts, 0.0, 0.0][:3],
         out=[
@@ -88,6 +83,8 @@ def merged(
         num_stages=blocks.num_stages,
         aliases={0: 0} if in_place else None,
         zeroed=() if count else (2,),
+        **_sizes(w),
+        rank=rank,
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
@@ -103,6 +100,12 @@ def merged(
         BLOCK_N=blocks.columns,
     )
     return dataclasses.replace(w, qweight=new_words, offset=mu if has_offset else None), moved
+
+
+def _sizes(w: QuantizedWeight, *, groups: bool = True) -> dict[str, int]:
+    """Sizes as constants: what divides them decides how wide loads are, and how values lie in registers."""
+    sizes = {"K": w.shape[0], "N": w.shape[1], "words": w.qweight.shape[0]}
+    return {**sizes, "groups": w.groups} if groups else sizes
 
 
 def _padded(rank: int) -> int:
@@ -123,14 +126,11 @@ def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
         w.zeros,
         nothing if w.offset is None else w.offset,
         jnp.zeros((1,), jnp.int32) if w.g_idx is None else w.g_idx,
-        n_in,
-        n_out,
-        w.qweight.shape[0],
-        w.groups,
         out=[jax.ShapeDtypeStruct(w.shape, dtype)],
         grid=(-(-n_out // columns), -(-n_in // (periods * values))),
         num_warps=4,
         num_stages=1,
+        **_sizes(w),
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
@@ -162,15 +162,13 @@ def _merged_by_parts(
         w.qweight,
         a.astype(jnp.float16),
         b.astype(jnp.float16),
-        n_in,
-        n_out,
-        w.qweight.shape[0],
-        rank,
         float(math.floor(omega)),
         out=[jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32), jax.ShapeDtypeStruct(grid[::-1], jnp.int32)],
         grid=grid,
         num_warps=4,
         num_stages=1,
+        **_sizes(w, groups=False),
+        rank=rank,
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
@@ -199,12 +197,12 @@ def _group_steps(w: QuantizedWeight, new_words: jax.Array) -> jax.Array:
         new_words,
         order,
         start,
-        w.shape[1],
-        w.qweight.shape[0],
         out=[jax.ShapeDtypeStruct((w.groups, w.shape[1]), jnp.float32)],
         grid=(-(-w.shape[1] // columns), w.groups),
         num_warps=4,
         num_stages=3,
+        N=w.shape[1],
+        words=w.qweight.shape[0],
         BITS=w.bits,
         BLOCK_N=columns,
     )

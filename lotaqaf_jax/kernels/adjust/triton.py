@@ -145,65 +145,80 @@ def _dequantize(q, z, s, mu, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _transpose(x):
-    """Of every two neighbouring columns, the low halves of both words in the first and the high halves in the second.
+def _columns(x):
+    """Even and odd columns of (rows, columns), (rows, columns/2) each."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
-    Its own inverse: applied again, it gives the words back.
-    """
+
+@triton.jit
+def _together(even, odd):
+    """The inverse of :func:`_columns`."""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1] * 2))
+
+
+@triton.jit
+def _pack(x):
+    """(rows, columns) float16 -> (rows, columns/2) words of two neighbouring columns."""
+    even, odd = _columns(x)
     return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
-        "=&r,=&r,r,r", [x], dtype=tl.uint32, is_pure=True, pack=2,
-    )  # fmt: skip
+        "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _unpack(x):
+    """The inverse of :func:`_pack`."""
+    even, odd = tl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+    )
+    return _together(even, odd)
 
 
 @triton.constexpr_function
-def _step_assembly(shift, high, bits):
-    """PTX of :func:`_take_step`: $0, $1 x; $2 sum_d; $3 sum_t; $4 moved; then the inputs x, sums, d and limit."""
+def _step_assembly(shift, bits):
+    """PTX of :func:`_take_step`. $0 x, $1 sum_d, $2 sum_t, $3 moved; the same as inputs $4 to $7; $8 d; $9 limit."""
     twice = 0x00010001
     field = (((1 << bits) - 1) << shift) * twice
     unit = (0x3C00 + (shift << 10)) * twice  # 2**shift, and its negative and inverse, as two float16 in a word
     negative = unit | 0x8000 * twice
     inverse = (0x3C00 - (shift << 10)) * twice
-    source = "$6" if high else "$5"
     return f"""{{
         .reg .b32 u, v, m, k, base, top, one, minus, up, down, part;
         mov.b32 base, 0x64006400; mov.b32 one, 0x3C003C00; mov.b32 minus, 0xBC00BC00;
         mov.b32 top, {0x6400 * twice | field}; mov.b32 up, {unit}; mov.b32 down, {negative}; mov.b32 part, {inverse};
-        fma.rn.sat.f16x2 u, $10, one, $11;
-        fma.rn.sat.f16x2 v, $10, minus, $11;
-        lop3.b32 m, {source}, {field}, base, 0xEA;
+        fma.rn.sat.f16x2 u, $8, one, $9;
+        fma.rn.sat.f16x2 v, $8, minus, $9;
+        lop3.b32 m, $4, {field}, base, 0xEA;
         fma.rn.f16x2 k, u, up, m;
         fma.rn.f16x2 k, v, down, k;
         max.f16x2 k, k, base;
         min.f16x2 k, k, top;
         sub.f16x2 m, k, m;
-        lop3.b32 k, {source}, k, {field}, 0xD8;
-        mov.b32 $0, {"$5" if high else "k"};
-        mov.b32 $1, {"k" if high else "$6"};
-        add.f16x2 $2, $7, $10;
-        fma.rn.f16x2 $3, m, part, $8;
+        lop3.b32 $0, $4, k, {field}, 0xD8;
+        add.f16x2 $1, $5, $8;
+        fma.rn.f16x2 $2, m, part, $6;
         abs.f16x2 m, m;
-        fma.rn.f16x2 $4, m, part, $9;
+        fma.rn.f16x2 $3, m, part, $7;
     }}"""
 
 
 @triton.jit
-def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr):
+def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr):
     """Add the steps of one value of every period, two columns in one instruction.
 
-    ``x`` are halves of words as :func:`_transpose` leaves them, of which a byte is in use; the value is at SHIFT in the
-    second (HIGH) or first half of a word. As a float16, 1024 + 2**SHIFT * q has q's bits where the word has them:
+    Every operand holds two neighbouring columns in a word: ``x`` a byte of both, of which the BITS from SHIFT on are
+    the value q; the others a float16 of each. As a float16, 1024 + 2**SHIFT * q has q's bits where the byte has them:
 
         u = sat(D - limit),  v = sat(-D - limit)         1 where D > limit, where D < -limit; sat clips to [0, 1]
         k = clip(m + 2**SHIFT * (u - v), 1024, 1024 + 2**SHIFT * (2**BITS - 1)),   m = 1024 + 2**SHIFT * q
 
     so that T = (k - m) / 2**SHIFT with the boundary rule, and the bits of k are those of the moved value.
-    ``limit`` holds -floor(omega) in float16. Every number is an integer below 2048, exact in float16.
+    ``limit`` holds -floor(omega). Every number is an integer of at most 2048, exact in float16.
     """
-    asm: tl.constexpr = _step_assembly(SHIFT, HIGH, BITS)
+    asm: tl.constexpr = _step_assembly(SHIFT, BITS)
     return tl.inline_asm_elementwise(
-        asm, "=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
-        dtype=(tl.uint32, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        asm, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
     )  # fmt: skip
 
 
@@ -215,32 +230,39 @@ def _take_steps_packed(
     """As :func:`_take_steps` for values that lie in one word each, in float16 pairs; VALUES * rank is at most 2048."""
     r = tl.arange(0, RANK)
     b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=(r < rank)[:, None] & mask_n[None, :], other=0.0)
-    x = _transpose(w0)
-    low = x & 0x00FF00FF
-    high = (x >> 8) & 0x00FF00FF
-    sum_d = tl.zeros((BLOCK_P, BLOCK_N), tl.float16)
+    even, odd = _columns(w0)
+    # Byte 0, 1, 2 and 3 of the words of both columns.
+    first = (even & 0xFFFF) | (odd << 16)
+    second = (even >> 16) | (odd & 0xFFFF0000)
+    x0, x1 = first & 0x00FF00FF, (first >> 8) & 0x00FF00FF
+    x2, x3 = second & 0x00FF00FF, (second >> 8) & 0x00FF00FF
+    sum_d = tl.zeros((BLOCK_P, BLOCK_N // 2), tl.uint32)
     sum_t, moved = sum_d, sum_d
-    limits = sum_d - limit.to(tl.float16)
+    limits = _pack(tl.zeros((BLOCK_P, BLOCK_N), tl.float16) - limit.to(tl.float16))
     for j in tl.static_range(VALUES):
         row = period * VALUES + j
         a = tl.load(a_ptr + row[:, None] * rank + r[None, :], mask=(row < K)[:, None] & (r < rank)[None, :], other=0.0)
-        d = tl.dot(a, b, out_dtype=tl.float16)
-        if (j * BITS) % 16 < 8:
-            low, sum_d, sum_t, moved = _take_step(
-                low, sum_d, sum_t, moved, d, limits, (j * BITS) % 8, j * BITS >= 16, BITS
-            )
+        d = _pack(tl.dot(a, b, out_dtype=tl.float16))
+        if j * BITS // 8 == 0:
+            x0, sum_d, sum_t, moved = _take_step(x0, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+        elif j * BITS // 8 == 1:
+            x1, sum_d, sum_t, moved = _take_step(x1, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+        elif j * BITS // 8 == 2:
+            x2, sum_d, sum_t, moved = _take_step(x2, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
         else:
-            high, sum_d, sum_t, moved = _take_step(
-                high, sum_d, sum_t, moved, d, limits, (j * BITS) % 8, j * BITS >= 16, BITS
-            )
-    return _transpose(low | (high << 8)), sum_d, sum_t, moved
+            x3, sum_d, sum_t, moved = _take_step(x3, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+    first = x0 | (x1 << 8)
+    second = x2 | (x3 << 8)
+    words = _together((first & 0xFFFF) | (second << 16), (first >> 16) | (second & 0xFFFF0000))
+    return words, _unpack(sum_d), _unpack(sum_t), _unpack(moved)
 
 
 @triton.jit
 def merge_kernel(
     words_ptr, a_ptr, b_ptr, inverse_ptr,
-    K, N, words, groups, rank, limit, part0, part1, part2,
+    limit, part0, part1, part2,
     new_words_ptr, offset_ptr, moved_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr, PACKED: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -294,8 +316,9 @@ def merge_kernel(
 @triton.jit
 def step_kernel(
     words_ptr, a_ptr, b_ptr,
-    K, N, words, rank, limit,
+    limit,
     new_words_ptr, moved_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -314,9 +337,8 @@ def step_kernel(
 @triton.jit
 def group_steps_kernel(
     old_ptr, new_ptr, order_ptr, start_ptr,
-    N, words,
     taken_ptr,
-    BITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, words: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sum of T over the rows of one group, from the words before and after; ``order`` lists the rows by group."""
     group = tl.program_id(1)
@@ -346,8 +368,8 @@ def group_steps_kernel(
 @triton.jit
 def dequantize_kernel(
     words_ptr, scales_ptr, zeros_ptr, offset_ptr, group_ptr,
-    K, N, words, groups,
     weight_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
