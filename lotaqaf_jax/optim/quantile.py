@@ -44,8 +44,9 @@ def lower_neighbour(tail: Any, entries: int) -> Any:
 def kth_largest(magnitude: jax.Array, rank: int | jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The largest value v that more than ``rank`` entries over ``axes`` reach: #(magnitude >= v) > rank.
 
-    Non-negative floats are ordered as their bit patterns, so v is found bit by bit from the top, with 31
-    counts. On a CPU that is many times faster than a sort, and over sharded axes only the counts travel.
+    Non-negative floats are ordered as their bit patterns, so v is found from its top bits down, by counting. Over
+    sharded axes only the counts travel. A GPU is limited by reading the tensor, so that a few bits are settled in one
+    reading, by as many counts as they have values; a CPU is limited by counting, and takes them one by one.
 
     Args:
       magnitude: float32, any shape, not negative.
@@ -56,11 +57,17 @@ def kth_largest(magnitude: jax.Array, rank: int | jax.Array, axes: tuple[int, ..
       float32, the shape of ``magnitude`` with length 1 in ``axes``.
     """
     bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    width = 3 if jax.default_backend() == "gpu" else 1
+    rounds, first = divmod(31, width)
 
-    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (1 << (30 - i))
-        reached = jnp.sum(bits >= candidate, axis=axes, keepdims=True, dtype=jnp.int32)
-        return jnp.where(reached > rank, candidate, found)
+    def add_digit(found: jax.Array, low: int | jax.Array, width: int) -> jax.Array:
+        # Values of the digit that more than ``rank`` entries reach; the largest of them is the digit of v.
+        digit = jnp.zeros_like(found)
+        for value in range(1, 2**width):
+            reached = jnp.sum(bits >= found + (value << low), axis=axes, keepdims=True, dtype=jnp.int32)
+            digit += (reached > rank).astype(jnp.int32)
+        return found + (digit << low)
 
-    start = jnp.zeros_like(jnp.max(bits, axis=axes, keepdims=True))
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, add_bit, start), jnp.float32)
+    found = add_digit(jnp.zeros_like(jnp.max(bits, axis=axes, keepdims=True)), 31 - first, first)
+    found = jax.lax.fori_loop(0, rounds, lambda i, found: add_digit(found, width * (rounds - 1 - i), width), found)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)

@@ -189,7 +189,13 @@ def t_signsgd(
             moves = finite & (magnitude > jnp.maximum(tau, sigma))
             if skip_large:
                 upper_neighbour = (entries - 1) // _LARGE_ONE_IN
-                moves &= ~(skip & (magnitude >= kth_largest(magnitude, upper_neighbour, axes)))
+                # Looked for only where it is needed, since it takes as long as the threshold itself.
+                largest = jax.lax.cond(
+                    skip,
+                    lambda: kth_largest(magnitude, upper_neighbour, axes),
+                    lambda: jnp.full_like(sigma, jnp.inf),
+                )
+                moves &= magnitude < largest
             sign = jnp.where(moves, jnp.sign(grad), 0).astype(param.dtype)
             return jnp.clip(param - sign, -1, 1) - param
 
