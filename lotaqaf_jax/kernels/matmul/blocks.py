@@ -20,7 +20,9 @@ class MatmulBlocks:
     tiles: int
     warps: int
     steps: int
-    ahead: bool = True
+    ahead: int = 1
+    x_ahead: bool = True
+    unroll: int = 2
     split: int = 1
 
 
@@ -49,4 +51,4 @@ def matmul_blocks(rows: int, n_in: int, n_out: int, bits: int, group: int) -> Ma
     while bucket <= 16 and steps * values < 16 and whole and (group >= n_in or group % (2 * steps * depth) == 0):
         steps *= 2
     warps = 8
-    return MatmulBlocks(min(bucket, 64), 1, warps, steps, ahead=bucket <= 16)
+    return MatmulBlocks(min(bucket, 64), 1, warps, steps, x_ahead=bucket <= 16)

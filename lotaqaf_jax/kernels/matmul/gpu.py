@@ -39,6 +39,8 @@ def fused(
     values, words = period_of(w.bits)
     group = n_in if w.group_size == -1 else w.group_size
     depth = 4 * values
+    span = depth * blocks.steps * blocks.warps * blocks.split
+    rounds = -(-n_in // span)
     kernel = _kernels().matmul_kernel
     split = blocks.split > 1
     (y,) = launch(
@@ -78,9 +80,14 @@ def fused(
         TILES=blocks.tiles,
         WARPS=blocks.warps,
         STEPS=blocks.steps,
-        AHEAD=blocks.ahead,
         SPLIT=blocks.split,
-        ROUNDS=-(-n_in // (depth * blocks.steps * blocks.warps * blocks.split)),
+        AHEAD=blocks.ahead,
+        X_AHEAD=blocks.x_ahead,
+        ROUNDS=rounds,
+        EVEN=n_in == rounds * span and n_out % (32 * blocks.tiles) == 0,
+        LINEAR=group >= n_in or span % group == 0,
+        UNROLL=blocks.unroll,
+        EVICT="",
     )
     if not split:
         return y

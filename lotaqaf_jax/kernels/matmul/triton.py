@@ -174,17 +174,109 @@ def _operand(
 
 
 @triton.jit
-def _load_words(words_ptr, period, n, words, N, t: tl.constexpr, WORDS: tl.constexpr):
-    """Word t of every period, uint32; 0 where there is none."""
-    row = period * WORDS + t
-    return tl.load(words_ptr + row * N + n, mask=(row < words) & (n < N), other=0).to(tl.uint32, bitcast=True)
+def _load_round(
+    r, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
+    N, words, groups,
+    VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr,
+    OFFSET: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr, ROUNDS: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Words, z, mu and s of round ``r``. What lies outside of the matrix is anything, but for s and mu, which are 0."""
+    word_at += r * (SPAN * WORDS * N)
+    if LINEAR:
+        # Every round moves on by as many groups.
+        zero_at += r * ((SPAN * VALUES // GROUP) * N)
+        scale_at += r * ((SPAN * VALUES // GROUP) * N)
+        z_group = first
+        s_group = of_part
+    else:
+        z_group = ((first + r * SPAN).to(tl.uint32) * VALUES // GROUP).to(tl.int32)
+        s_group = ((of_part + r * SPAN * VALUES).to(tl.uint32) // GROUP).to(tl.int32)
+        zero_at += z_group * N
+        scale_at += s_group * N
+    if EVEN:
+        w0 = tl.load(words_ptr + word_at, mask=r < ROUNDS, eviction_policy=EVICT)
+        z = tl.load(zeros_ptr + zero_at, mask=r < ROUNDS)
+        s = tl.load(scales_ptr + scale_at, mask=r < ROUNDS)
+    else:
+        word += r * (SPAN * WORDS)
+        w0 = tl.load(words_ptr + word_at, mask=(word < words) & (n < N), eviction_policy=EVICT)
+        if LINEAR:
+            z_group += r * (SPAN * VALUES // GROUP)
+            s_group += r * (SPAN * VALUES // GROUP)
+        z = tl.load(zeros_ptr + zero_at, mask=(z_group < groups) & (n < N))
+        s = tl.load(scales_ptr + scale_at, mask=(s_group < groups) & (n < N), other=0.0)
+    w1 = w0
+    w2 = w0
+    if WORDS > 1:
+        if EVEN:
+            w1 = tl.load(words_ptr + (word_at + N), mask=r < ROUNDS, eviction_policy=EVICT)
+        else:
+            w1 = tl.load(words_ptr + (word_at + N), mask=(word + 1 < words) & (n < N), eviction_policy=EVICT)
+    if WORDS > 2:
+        if EVEN:
+            w2 = tl.load(words_ptr + (word_at + 2 * N), mask=r < ROUNDS, eviction_policy=EVICT)
+        else:
+            w2 = tl.load(words_ptr + (word_at + 2 * N), mask=(word + 2 < words) & (n < N), eviction_policy=EVICT)
+    mu = z
+    if OFFSET:
+        if EVEN:
+            mu = tl.load(offset_ptr + zero_at, mask=r < ROUNDS)
+        else:
+            mu = tl.load(offset_ptr + zero_at, mask=(z_group < groups) & (n < N), other=0.0)
+    return w0, w1, w2, z, mu, s
 
 
 @triton.jit
-def _load_group(ptr, period, n, groups, N, VALUES: tl.constexpr, GROUP: tl.constexpr):
-    """What belongs to the group of every period."""
-    group = period * VALUES // GROUP
-    return tl.load(ptr + group * N + n, mask=(group < groups) & (n < N), other=0)
+def _load_x(r, x_ptr, x_at, xk, K, VALUES: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, ROUNDS: tl.constexpr):
+    """x of round ``r``; 0 beyond K."""
+    if EVEN:
+        return tl.load(x_ptr + (x_at + r * (SPAN * VALUES)), mask=r < ROUNDS)
+    else:
+        return tl.load(x_ptr + (x_at + r * (SPAN * VALUES)), mask=xk + r * (SPAN * VALUES) < K, other=0.0)
+
+
+@triton.jit
+def _of_part(s, part: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):
+    """The scales of one part, (4, 8, WARPS, PARTS, TILES, 4) -> (4, 8, WARPS, 1, TILES, 4)."""
+    if PARTS == 1:
+        out = s
+    else:
+        s = tl.permute(s, (0, 1, 2, 4, 5, 3))
+        if PARTS == 4:
+            even, odd = tl.split(tl.reshape(s, (4, 8, WARPS, TILES, 4, 2, 2)))
+            s = even if part % 2 == 0 else odd
+        low, high = tl.split(s)
+        s = low if part // (PARTS // 2) == 0 else high
+        out = tl.reshape(s, (4, 8, WARPS, 1, TILES, 4))
+    return out
+
+
+@triton.jit
+def _zero(z, BITS: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr):
+    """What takes z from a value of :func:`_pair`: -(128 + z) or -(1024 + z) twice, or 2**23 + z in float32.
+
+    One instruction sets the bytes around z. It is declared impure for what Triton makes of that: it chooses the order
+    of k inside a fragment by the narrowest load it finds behind an operand, and is not to find that of z.
+    """
+    if BITS == 8 and BF16:
+        if INTERPRET:
+            out = z | 0x4B000000
+        else:
+            out = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0x4B, 0x4550;", "=r,r", [z], dtype=tl.uint32, is_pure=False, pack=1
+            )
+        out = out.to(tl.float32, bitcast=True)
+    elif INTERPRET:
+        out = z * 0x10001 | (0xC300C300 if BF16 else 0xE400E400)
+    elif BF16:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0xC3, 0x4040;", "=r,r", [z], dtype=tl.uint32, is_pure=False, pack=1
+        )
+    else:
+        out = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0xE4, 0x4040;", "=r,r", [z], dtype=tl.uint32, is_pure=False, pack=1
+        )
+    return out
 
 
 @triton.jit
@@ -192,11 +284,6 @@ def _two_halves(value, BF16: tl.constexpr):
     """A float twice in the halves of a word."""
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     return value.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
-
-
-@triton.jit
-def _load_x(x_ptr, row, k, rows, K):
-    return tl.load(x_ptr + row * K + k, mask=(row < rows) & (k < K), other=0.0)
 
 
 @triton.jit
@@ -222,15 +309,19 @@ def matmul_kernel(
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     OFFSET: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr, ROUNDS: tl.constexpr,
+    AHEAD: tl.constexpr, X_AHEAD: tl.constexpr, ROUNDS: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr,
+    UNROLL: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by 32*TILES columns of y, over all k or, with SPLIT, a part of it.
+    """ROWS rows by 32*TILES columns of y, over all k or, with SPLIT, a part of it, in ROUNDS rounds of all warps.
 
-    A warp's body is STEPS steps of four periods. PARTS is 1 where a body lies in one group of GROUP rows; where a group
+    A warp's round is STEPS steps of four periods. PARTS is 1 where it lies in one group of GROUP rows; where a group
     is smaller than a step (then STEPS is 1), the number of groups in a step: x is masked to one of them at a time.
+    EVEN: the rounds and the tiles cover the matrix exactly. LINEAR: a round covers whole groups, or there is only one.
+    Words, zeros and scales are loaded AHEAD rounds before they are used, x one round if X_AHEAD.
     """
     COLUMNS: tl.constexpr = 32 * TILES
     J: tl.constexpr = min(VALUES, 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
+    SPAN: tl.constexpr = SPLIT * WARPS * STEPS * 4  # periods in a round
     # Axes (p, a, warp, step, tile, column): p is the period in a step, a and column the place in 32 columns. Triton
     # deals the lanes to the first axes after the contiguous one, which is what puts p and a where they have to be.
     p = tl.arange(0, 4)[:, None, None, None, None, None]
@@ -239,7 +330,20 @@ def matmul_kernel(
     step = tl.arange(0, STEPS)[None, None, None, :, None, None]
     tile = tl.arange(0, TILES)[None, None, None, None, :, None]
     n = tl.program_id(0) * COLUMNS + tile * 32 + a * 4 + tl.arange(0, 4)[None, None, None, None, None, :]
-    # x has the axes (p, a, warp, step, ROWS/8, VALUES/J, J), a being the row in eight.
+    word = ((worker * STEPS + step) * 4 + p) * WORDS
+    word_at = word * N + n
+    # The group of a period of the first step, and the first value of every part: their groups, once and for all if LINEAR.
+    first = worker * STEPS * 4 + p
+    of_part = worker * (STEPS * 4 * VALUES) + tl.arange(0, PARTS)[None, None, None, :, None, None] * GROUP + p * 0
+    zero_at = n + first * 0
+    scale_at = n + of_part * 0
+    if LINEAR:
+        first = first * VALUES // GROUP
+        of_part = of_part // GROUP
+        zero_at += first * N
+        scale_at += of_part * N
+    # x has the axes (p, a, warp, step, ROWS/8, VALUES/J, J), a being the row in eight. Rows that do not exist are copies
+    # of the last, which nobody reads.
     xp = tl.arange(0, 4)[:, None, None, None, None, None, None]
     xa = tl.arange(0, 8)[None, :, None, None, None, None, None]
     xworker = tl.program_id(1) * WARPS + tl.arange(0, WARPS)[None, None, :, None, None, None, None]
@@ -247,7 +351,8 @@ def matmul_kernel(
     eights = tl.arange(0, ROWS // 8)[None, None, None, None, :, None, None]
     jh = tl.arange(0, VALUES // J)[None, None, None, None, None, :, None]
     jl = tl.arange(0, J)[None, None, None, None, None, None, :]
-    row = tl.program_id(2) * ROWS + eights * 8 + xa
+    xk = ((xworker * STEPS + xstep) * 4 + xp) * VALUES + jh * J + jl
+    x_at = tl.minimum(tl.program_id(2) * ROWS + eights * 8 + xa, rows - 1) * K + xk
     if LAYER:
         layer = tl.load(layer_ptr).to(tl.int64)
         words_ptr += layer * words * N
@@ -256,55 +361,46 @@ def matmul_kernel(
         offset_ptr += layer * groups * N
         bias_ptr += layer * N
 
-    period = (worker * STEPS + step) * 4 + p
-    first = worker * STEPS * 4 + p  # of the first step, in the group of all where PARTS is 1
-    k = ((xworker * STEPS + xstep) * 4 + xp) * VALUES + jh * J + jl
-    w0 = _load_words(words_ptr, period, n, words, N, 0, WORDS)
-    if WORDS > 1:
-        w1 = _load_words(words_ptr, period, n, words, N, 1, WORDS)
-    if WORDS > 2:
-        w2 = _load_words(words_ptr, period, n, words, N, 2, WORDS)
-    z = _load_group(zeros_ptr, first, n, groups, N, VALUES, GROUP)
-    if AHEAD:
-        next_x = _load_x(x_ptr, row, k, rows, K)
+    round0 = _load_round(
+        0, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
+        N, words, groups, VALUES, WORDS, GROUP, STEPS, SPAN, OFFSET, EVEN, LINEAR, ROUNDS, EVICT,
+    )  # fmt: skip
+    if AHEAD == 2:
+        round1 = _load_round(
+            1, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
+            N, words, groups, VALUES, WORDS, GROUP, STEPS, SPAN, OFFSET, EVEN, LINEAR, ROUNDS, EVICT,
+        )  # fmt: skip
+    if X_AHEAD:
+        next_x = _load_x(0, x_ptr, x_at, xk, K, VALUES, SPAN, EVEN, ROUNDS)
     total = tl.zeros((WARPS, COLUMNS, ROWS), tl.float32)
-    ahead: tl.constexpr = SPLIT * WARPS * STEPS * 4  # periods
-    for _ in range(0, ROUNDS):
-        # Loaded a round ahead of their use.
-        next_w0 = _load_words(words_ptr, period + ahead, n, words, N, 0, WORDS)
-        if WORDS > 1:
-            next_w1 = _load_words(words_ptr, period + ahead, n, words, N, 1, WORDS)
-        if WORDS > 2:
-            next_w2 = _load_words(words_ptr, period + ahead, n, words, N, 2, WORDS)
-        next_z = _load_group(zeros_ptr, first + ahead, n, groups, N, VALUES, GROUP)
-        if AHEAD:
+    for r in tl.range(0, ROUNDS, loop_unroll_factor=UNROLL):
+        later = _load_round(
+            r + AHEAD, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
+            N, words, groups, VALUES, WORDS, GROUP, STEPS, SPAN, OFFSET, EVEN, LINEAR, ROUNDS, EVICT,
+        )  # fmt: skip
+        if X_AHEAD:
             x = next_x
-            next_x = _load_x(x_ptr, row, k + ahead * VALUES, rows, K)
+            next_x = _load_x(r + 1, x_ptr, x_at, xk, K, VALUES, SPAN, EVEN, ROUNDS)
         else:
-            x = _load_x(x_ptr, row, k, rows, K)
-        mu = z
+            x = _load_x(r, x_ptr, x_at, xk, K, VALUES, SPAN, EVEN, ROUNDS)
+        w0, w1, w2, z, mu, scales = round0
+        if AHEAD == 2:
+            round0 = round1
+            round1 = later
+        else:
+            round0 = later
+        zero = _zero(z.to(tl.uint32), BITS, BF16, INTERPRET)
         if OFFSET:
-            mu = _load_group(offset_ptr, first, n, groups, N, VALUES, GROUP)
-        if BITS == 8 and BF16:
-            zero = (z.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
-            if OFFSET:
-                mu = mu.to(tl.float32)
-        else:
-            zero = z.to(tl.uint32) * 0x10001 | (0xC300C300 if BF16 else 0xE400E400)
-            if OFFSET:
-                mu = _two_halves(mu, BF16)
-        if WORDS == 1:
-            left = _operand(w0, w0, w0, zero, mu, BITS, OFFSET, BF16, INTERPRET)
-        elif WORDS == 2:
-            left = _operand(w0, w1, w1, zero, mu, BITS, OFFSET, BF16, INTERPRET)
-        else:
-            left = _operand(w0, w1, w2, zero, mu, BITS, OFFSET, BF16, INTERPRET)
+            mu = mu.to(tl.float32) if BITS == 8 and BF16 else _two_halves(mu, BF16)
+        w0 = w0.to(tl.uint32, bitcast=True)
+        w1 = w1.to(tl.uint32, bitcast=True)
+        w2 = w2.to(tl.uint32, bitcast=True)
+        left = _operand(w0, w1, w2, zero, mu, BITS, OFFSET, BF16, INTERPRET)
         # (p, a, warp, step, tile, column, half, pairs) -> (warp, (tile, column, a), (step, pairs, p, pair in 2, half))
         left = tl.reshape(left, (4, 8, WARPS, STEPS, TILES, 4, 2, VALUES // 4, 2))
         left = tl.permute(left, (2, 4, 5, 1, 3, 7, 0, 8, 6))
         left = tl.reshape(left, (WARPS, COLUMNS, STEPS * 4 * VALUES))
         for part in tl.static_range(PARTS):
-            s = _load_group(scales_ptr, first - p + part * (4 // PARTS), n, groups, N, VALUES, GROUP).to(tl.float32)
             xs = x
             if PARTS > 1:
                 xs = tl.where(xp // (4 // PARTS) == part, x, 0.0)
@@ -324,18 +420,10 @@ def matmul_kernel(
             else:
                 dot = tl.dot(left, _right(xs, BITS, VALUES, STEPS, WARPS, ROWS))
             # The scales lie where the accumulators lie, p taking the place of a pair of rows.
+            s = _of_part(scales, part, PARTS, WARPS, TILES).to(tl.float32)
             s = tl.reshape(tl.permute(s, (2, 4, 5, 1, 3, 0)), (WARPS, COLUMNS, 1, 4, 1))
             s = tl.reshape(tl.broadcast_to(s, (WARPS, COLUMNS, ROWS // 8, 4, 2)), (WARPS, COLUMNS, ROWS))
             total += dot * s
-        w0 = next_w0
-        if WORDS > 1:
-            w1 = next_w1
-        if WORDS > 2:
-            w2 = next_w2
-        z = next_z
-        period += ahead
-        first += ahead
-        k += ahead * VALUES
 
     y = tl.sum(total, axis=0)
     m = tl.arange(0, COLUMNS)
