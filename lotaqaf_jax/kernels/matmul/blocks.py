@@ -20,9 +20,9 @@ class MatmulBlocks:
     tiles: int
     warps: int
     steps: int
-    ahead: int = 1
+    abreast: int = 1
+    stages: int = 4
     x_ahead: bool = True
-    unroll: int = 2
     split: int = 1
 
 

@@ -62,9 +62,9 @@ def fused(
             if split
             else jax.ShapeDtypeStruct((rows, n_out), x.dtype)
         ],
-        grid=(-(-n_out // (32 * blocks.tiles)), blocks.split, -(-rows // blocks.rows)),
-        num_warps=blocks.warps,
-        num_stages=1,
+        grid=(-(-n_out // (32 * blocks.tiles * blocks.abreast)), blocks.split, -(-rows // blocks.rows)),
+        num_warps=blocks.warps * blocks.abreast,
+        num_stages=blocks.stages,
         fuse=True,
         BITS=w.bits,
         VALUES=values,
@@ -79,15 +79,14 @@ def fused(
         ROWS=blocks.rows,
         TILES=blocks.tiles,
         WARPS=blocks.warps,
+        ABREAST=blocks.abreast,
         STEPS=blocks.steps,
         SPLIT=blocks.split,
-        AHEAD=blocks.ahead,
         X_AHEAD=blocks.x_ahead,
         ROUNDS=rounds,
-        EVEN=n_in == rounds * span and n_out % (32 * blocks.tiles) == 0,
+        EVEN=n_in == rounds * span and n_out % (32 * blocks.tiles * blocks.abreast) == 0,
         LINEAR=group >= n_in or span % group == 0,
-        UNROLL=blocks.unroll,
-        EVICT="",
+        STAGES=blocks.stages,
     )
     if not split:
         return y

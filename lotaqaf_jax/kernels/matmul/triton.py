@@ -175,55 +175,64 @@ def _operand(
 
 @triton.jit
 def _load_round(
-    r, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
-    N, words, groups,
-    VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr,
-    OFFSET: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr, ROUNDS: tl.constexpr, EVICT: tl.constexpr,
+    r, words_ptr, zeros_ptr, offset_ptr, word_at, zero_at, n, word, first, N, words, groups,
+    VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    OFFSET: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
-    """Words, z, mu and s of round ``r``. What lies outside of the matrix is anything, but for s and mu, which are 0."""
+    """Words, z and mu of round ``r``; 0 outside of the matrix."""
     word_at += r * (SPAN * WORDS * N)
+    word += r * (SPAN * WORDS)
     if LINEAR:
         # Every round moves on by as many groups.
         zero_at += r * ((SPAN * VALUES // GROUP) * N)
-        scale_at += r * ((SPAN * VALUES // GROUP) * N)
-        z_group = first
-        s_group = of_part
+        group = first + r * (SPAN * VALUES // GROUP)
     else:
-        z_group = ((first + r * SPAN).to(tl.uint32) * VALUES // GROUP).to(tl.int32)
-        s_group = ((of_part + r * SPAN * VALUES).to(tl.uint32) // GROUP).to(tl.int32)
-        zero_at += z_group * N
-        scale_at += s_group * N
+        group = ((first + r * SPAN).to(tl.uint32) * VALUES // GROUP).to(tl.int32)
+        zero_at += group * N
     if EVEN:
-        w0 = tl.load(words_ptr + word_at, mask=r < ROUNDS, eviction_policy=EVICT)
-        z = tl.load(zeros_ptr + zero_at, mask=r < ROUNDS)
-        s = tl.load(scales_ptr + scale_at, mask=r < ROUNDS)
+        w0 = tl.load(words_ptr + word_at)
+        z = tl.load(zeros_ptr + zero_at)
     else:
-        word += r * (SPAN * WORDS)
-        w0 = tl.load(words_ptr + word_at, mask=(word < words) & (n < N), eviction_policy=EVICT)
-        if LINEAR:
-            z_group += r * (SPAN * VALUES // GROUP)
-            s_group += r * (SPAN * VALUES // GROUP)
-        z = tl.load(zeros_ptr + zero_at, mask=(z_group < groups) & (n < N))
-        s = tl.load(scales_ptr + scale_at, mask=(s_group < groups) & (n < N), other=0.0)
+        w0 = tl.load(words_ptr + word_at, mask=(word < words) & (n < N), other=0)
+        z = tl.load(zeros_ptr + zero_at, mask=(group < groups) & (n < N), other=0)
     w1 = w0
     w2 = w0
     if WORDS > 1:
         if EVEN:
-            w1 = tl.load(words_ptr + (word_at + N), mask=r < ROUNDS, eviction_policy=EVICT)
+            w1 = tl.load(words_ptr + (word_at + N))
         else:
-            w1 = tl.load(words_ptr + (word_at + N), mask=(word + 1 < words) & (n < N), eviction_policy=EVICT)
+            w1 = tl.load(words_ptr + (word_at + N), mask=(word + 1 < words) & (n < N), other=0)
     if WORDS > 2:
         if EVEN:
-            w2 = tl.load(words_ptr + (word_at + 2 * N), mask=r < ROUNDS, eviction_policy=EVICT)
+            w2 = tl.load(words_ptr + (word_at + 2 * N))
         else:
-            w2 = tl.load(words_ptr + (word_at + 2 * N), mask=(word + 2 < words) & (n < N), eviction_policy=EVICT)
+            w2 = tl.load(words_ptr + (word_at + 2 * N), mask=(word + 2 < words) & (n < N), other=0)
     mu = z
     if OFFSET:
         if EVEN:
-            mu = tl.load(offset_ptr + zero_at, mask=r < ROUNDS)
+            mu = tl.load(offset_ptr + zero_at)
         else:
-            mu = tl.load(offset_ptr + zero_at, mask=(z_group < groups) & (n < N), other=0.0)
-    return w0, w1, w2, z, mu, s
+            mu = tl.load(offset_ptr + zero_at, mask=(group < groups) & (n < N), other=0.0)
+    return w0, w1, w2, z, mu
+
+
+@triton.jit
+def _load_scales(
+    r, scales_ptr, scale_at, of_part, n, N, groups,
+    VALUES: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Scales of round ``r``; 0 outside of the matrix, anything for a round too many."""
+    if LINEAR:
+        group = of_part + r * (SPAN * VALUES // GROUP)
+        scale_at += r * ((SPAN * VALUES // GROUP) * N)
+    else:
+        group = ((of_part + r * SPAN * VALUES).to(tl.uint32) // GROUP).to(tl.int32)
+        scale_at += group * N
+    if EVEN:
+        return tl.load(scales_ptr + scale_at, mask=r < ROUNDS)
+    else:
+        return tl.load(scales_ptr + scale_at, mask=(group < groups) & (n < N), other=0.0)
 
 
 @triton.jit
@@ -236,46 +245,58 @@ def _load_x(r, x_ptr, x_at, xk, K, VALUES: tl.constexpr, SPAN: tl.constexpr, EVE
 
 
 @triton.jit
-def _of_part(s, part: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):
-    """The scales of one part, (4, 8, WARPS, PARTS, TILES, 4) -> (4, 8, WARPS, 1, TILES, 4)."""
+def _of_part(s, part: tl.constexpr, PARTS: tl.constexpr):
+    """The scales of one part: (W, PARTS, TILES, 128) -> (W, 1, TILES, 128)."""
     if PARTS == 1:
         out = s
     else:
-        s = tl.permute(s, (0, 1, 2, 4, 5, 3))
+        W: tl.constexpr = s.shape[0]
+        TILES: tl.constexpr = s.shape[2]
+        s = tl.permute(s, (0, 2, 3, 1))
         if PARTS == 4:
-            even, odd = tl.split(tl.reshape(s, (4, 8, WARPS, TILES, 4, 2, 2)))
+            even, odd = tl.split(tl.reshape(s, (W, TILES, 128, 2, 2)))
             s = even if part % 2 == 0 else odd
         low, high = tl.split(s)
         s = low if part // (PARTS // 2) == 0 else high
-        out = tl.reshape(s, (4, 8, WARPS, 1, TILES, 4))
+        out = tl.reshape(s, (W, 1, TILES, 128))
     return out
 
 
 @triton.jit
-def _zero(z, BITS: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr):
+def _zero(z, s, BITS: tl.constexpr, BF16: tl.constexpr, PARTS: tl.constexpr, INTERPRET: tl.constexpr):
     """What takes z from a value of :func:`_pair`: -(128 + z) or -(1024 + z) twice, or 2**23 + z in float32.
 
-    One instruction sets the bytes around z. It is declared impure for what Triton makes of that: it chooses the order
-    of k inside a fragment by the narrowest load it finds behind an operand, and is not to find that of z.
+    One instruction sets the bytes around z. What Triton makes of it is why it takes scales that it does not use, and why
+    it is declared impure. Triton pipelines the loads that enter a product, here through this operand, which is where the
+    scales have to be for that; and it chooses the order of k inside a fragment by the narrowest load it finds behind an
+    operand, which must not be that of z, and its search ends at an impure operation.
     """
-    if BITS == 8 and BF16:
-        if INTERPRET:
+    if INTERPRET:
+        if BITS == 8 and BF16:
             out = z | 0x4B000000
         else:
-            out = tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0x4B, 0x4550;", "=r,r", [z], dtype=tl.uint32, is_pure=False, pack=1
-            )
-        out = out.to(tl.float32, bitcast=True)
-    elif INTERPRET:
-        out = z * 0x10001 | (0xC300C300 if BF16 else 0xE400E400)
-    elif BF16:
-        out = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0xC3, 0x4040;", "=r,r", [z], dtype=tl.uint32, is_pure=False, pack=1
-        )
+            out = z * 0x10001 | (0xC300C300 if BF16 else 0xE400E400)
     else:
-        out = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0xE4, 0x4040;", "=r,r", [z], dtype=tl.uint32, is_pure=False, pack=1
-        )
+        if PARTS > 1:
+            s = z
+        elif s.dtype.primitive_bitwidth == 16:
+            s = s.to(tl.uint16, bitcast=True).to(tl.uint32)
+        else:
+            s = s.to(tl.uint32, bitcast=True)
+        if BITS == 8 and BF16:
+            out = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0x4B, 0x4550;", "=r,r,r", [z, s], dtype=tl.uint32, is_pure=False, pack=1
+            )
+        elif BF16:
+            out = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0xC3, 0x4040;", "=r,r,r", [z, s], dtype=tl.uint32, is_pure=False, pack=1
+            )
+        else:
+            out = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0xE4, 0x4040;", "=r,r,r", [z, s], dtype=tl.uint32, is_pure=False, pack=1
+            )
+    if BITS == 8 and BF16:
+        out = out.to(tl.float32, bitcast=True)
     return out
 
 
@@ -288,17 +309,24 @@ def _two_halves(value, BF16: tl.constexpr):
 
 @triton.jit
 def _right(
-    x, BITS: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr
+    x, BITS: tl.constexpr, VALUES: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr, ABREAST: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x (4, 8, WARPS, STEPS, ROWS/8, VALUES...) in the order of the product, (WARPS, k, ROWS)."""
+    """x (WARPS, STEPS, ROWS/8, VALUES/J, 32*J) in the order of the product, (WARPS*ABREAST, k, ROWS)."""
+    # (warp, step, rows in eights, value high, row in eight, period, value low) -> values together
+    J: tl.constexpr = (x.shape[4] // 32)
+    x = tl.reshape(x, (WARPS, STEPS, ROWS // 8, VALUES // J, 8, 4, J))
+    x = tl.permute(x, (0, 1, 2, 4, 5, 3, 6))
     if BITS == 8:
         # (word, half, place) -> pairs in the order (word, place), then half
-        x = tl.reshape(x, (4, 8, WARPS, STEPS, ROWS // 8, 2, 2, 2))
-        x = tl.permute(x, (2, 3, 5, 0, 7, 6, 4, 1))
+        x = tl.reshape(x, (WARPS, STEPS, ROWS, 4, 2, 2, 2))
+        x = tl.permute(x, (0, 1, 4, 3, 6, 5, 2))
     else:
-        x = tl.reshape(x, (4, 8, WARPS, STEPS, ROWS // 8, 2, VALUES // 4, 2))
-        x = tl.permute(x, (2, 3, 6, 0, 7, 5, 4, 1))
-    return tl.reshape(x, (WARPS, STEPS * 4 * VALUES, ROWS))
+        x = tl.reshape(x, (WARPS, STEPS, ROWS, 4, 2, VALUES // 4, 2))
+        x = tl.permute(x, (0, 1, 5, 3, 6, 4, 2))
+    x = tl.reshape(x, (WARPS, 1, STEPS * 4 * VALUES, ROWS))
+    x = tl.broadcast_to(x, (WARPS, ABREAST, STEPS * 4 * VALUES, ROWS))
+    return tl.reshape(x, (WARPS * ABREAST, STEPS * 4 * VALUES, ROWS))
 
 
 @triton.jit
@@ -308,33 +336,35 @@ def matmul_kernel(
     y_ptr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     OFFSET: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
-    AHEAD: tl.constexpr, X_AHEAD: tl.constexpr, ROUNDS: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr,
-    UNROLL: tl.constexpr, EVICT: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, ABREAST: tl.constexpr, STEPS: tl.constexpr,
+    SPLIT: tl.constexpr, ROUNDS: tl.constexpr, EVEN: tl.constexpr, LINEAR: tl.constexpr, X_AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by 32*TILES columns of y, over all k or, with SPLIT, a part of it, in ROUNDS rounds of all warps.
+    """ROWS rows by 32*TILES*ABREAST columns of y, over all k or, with SPLIT, a part of it, in ROUNDS rounds.
 
-    A warp's round is STEPS steps of four periods. PARTS is 1 where it lies in one group of GROUP rows; where a group
-    is smaller than a step (then STEPS is 1), the number of groups in a step: x is masked to one of them at a time.
-    EVEN: the rounds and the tiles cover the matrix exactly. LINEAR: a round covers whole groups, or there is only one.
-    Words, zeros and scales are loaded AHEAD rounds before they are used, x one round if X_AHEAD.
+    WARPS teams of ABREAST warps share k, the warps of a team share the columns. A round is STEPS steps of four periods.
+    PARTS is 1 where it lies in one group of GROUP rows; where a group is smaller than a step (then STEPS is 1), the
+    number of groups in a step: x is masked to one of them at a time. EVEN: rounds and columns cover the matrix exactly.
+    LINEAR: all teams together take whole groups in a round, or there is only one group.
     """
     COLUMNS: tl.constexpr = 32 * TILES
+    W: tl.constexpr = WARPS * ABREAST
     J: tl.constexpr = min(VALUES, 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
     SPAN: tl.constexpr = SPLIT * WARPS * STEPS * 4  # periods in a round
-    # Axes (p, a, warp, step, tile, column): p is the period in a step, a and column the place in 32 columns. Triton
-    # deals the lanes to the first axes after the contiguous one, which is what puts p and a where they have to be.
-    p = tl.arange(0, 4)[:, None, None, None, None, None]
-    a = tl.arange(0, 8)[None, :, None, None, None, None]
-    worker = tl.program_id(1) * WARPS + tl.arange(0, WARPS)[None, None, :, None, None, None]
-    step = tl.arange(0, STEPS)[None, None, None, :, None, None]
-    tile = tl.arange(0, TILES)[None, None, None, None, :, None]
-    n = tl.program_id(0) * COLUMNS + tile * 32 + a * 4 + tl.arange(0, 4)[None, None, None, None, None, :]
-    word = ((worker * STEPS + step) * 4 + p) * WORDS
+    # Axes (warp, step, tile, place). Triton deals the lanes of a warp to the last axis, four words to each: lane 4a + p
+    # takes columns 4a to 4a + 3 of period p.
+    team = tl.program_id(1) * WARPS + (tl.arange(0, W) // ABREAST)[:, None, None, None]
+    abreast = (tl.arange(0, W) % ABREAST)[:, None, None, None]
+    step = tl.arange(0, STEPS)[None, :, None, None]
+    tile = tl.arange(0, TILES)[None, None, :, None]
+    place = tl.arange(0, 128)[None, None, None, :]
+    p = (place // 4) % 4
+    n = tl.program_id(0) * (ABREAST * COLUMNS) + (abreast * TILES + tile) * 32 + (place // 16) * 4 + place % 4
+    word = ((team * STEPS + step) * 4 + p) * WORDS
     word_at = word * N + n
-    # The group of a period of the first step, and the first value of every part: their groups, once and for all if LINEAR.
-    first = worker * STEPS * 4 + p
-    of_part = worker * (STEPS * 4 * VALUES) + tl.arange(0, PARTS)[None, None, None, :, None, None] * GROUP + p * 0
+    # A period of the first step, and the first value of every part: their groups, if LINEAR.
+    first = team * (STEPS * 4) + p
+    of_part = team * (STEPS * 4 * VALUES) + tl.arange(0, PARTS)[None, :, None, None] * GROUP + place * 0
     zero_at = n + first * 0
     scale_at = n + of_part * 0
     if LINEAR:
@@ -342,17 +372,16 @@ def matmul_kernel(
         of_part = of_part // GROUP
         zero_at += first * N
         scale_at += of_part * N
-    # x has the axes (p, a, warp, step, ROWS/8, VALUES/J, J), a being the row in eight. Rows that do not exist are copies
-    # of the last, which nobody reads.
-    xp = tl.arange(0, 4)[:, None, None, None, None, None, None]
-    xa = tl.arange(0, 8)[None, :, None, None, None, None, None]
-    xworker = tl.program_id(1) * WARPS + tl.arange(0, WARPS)[None, None, :, None, None, None, None]
-    xstep = tl.arange(0, STEPS)[None, None, None, :, None, None, None]
-    eights = tl.arange(0, ROWS // 8)[None, None, None, None, :, None, None]
-    jh = tl.arange(0, VALUES // J)[None, None, None, None, None, :, None]
-    jl = tl.arange(0, J)[None, None, None, None, None, None, :]
-    xk = ((xworker * STEPS + xstep) * 4 + xp) * VALUES + jh * J + jl
-    x_at = tl.minimum(tl.program_id(2) * ROWS + eights * 8 + xa, rows - 1) * K + xk
+    # x has the axes (team, step, ROWS/8, VALUES/J, place), the place being (row in eight, period, value). Rows that do not
+    # exist are copies of the last, which nobody reads.
+    xteam = tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None, None, None]
+    xstep = tl.arange(0, STEPS)[None, :, None, None, None]
+    eights = tl.arange(0, ROWS // 8)[None, None, :, None, None]
+    jh = tl.arange(0, VALUES // J)[None, None, None, :, None]
+    xplace = tl.arange(0, 32 * J)[None, None, None, None, :]
+    xp = (xplace // J) % 4
+    xk = ((xteam * STEPS + xstep) * 4 + xp) * VALUES + jh * J + xplace % J
+    x_at = tl.minimum(tl.program_id(2) * ROWS + eights * 8 + xplace // (4 * J), rows - 1) * K + xk
     if LAYER:
         layer = tl.load(layer_ptr).to(tl.int64)
         words_ptr += layer * words * N
@@ -361,45 +390,41 @@ def matmul_kernel(
         offset_ptr += layer * groups * N
         bias_ptr += layer * N
 
-    round0 = _load_round(
-        0, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
-        N, words, groups, VALUES, WORDS, GROUP, STEPS, SPAN, OFFSET, EVEN, LINEAR, ROUNDS, EVICT,
-    )  # fmt: skip
-    if AHEAD == 2:
-        round1 = _load_round(
-            1, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
-            N, words, groups, VALUES, WORDS, GROUP, STEPS, SPAN, OFFSET, EVEN, LINEAR, ROUNDS, EVICT,
-        )  # fmt: skip
+    if PARTS > 1:
+        next_s = _load_scales(0, scales_ptr, scale_at, of_part, n, N, groups, VALUES, GROUP, SPAN, EVEN, LINEAR, ROUNDS)
     if X_AHEAD:
         next_x = _load_x(0, x_ptr, x_at, xk, K, VALUES, SPAN, EVEN, ROUNDS)
-    total = tl.zeros((WARPS, COLUMNS, ROWS), tl.float32)
-    for r in tl.range(0, ROUNDS, loop_unroll_factor=UNROLL):
-        later = _load_round(
-            r + AHEAD, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
-            N, words, groups, VALUES, WORDS, GROUP, STEPS, SPAN, OFFSET, EVEN, LINEAR, ROUNDS, EVICT,
-        )  # fmt: skip
+    total = tl.zeros((W, COLUMNS, ROWS), tl.float32)
+    for r in tl.range(0, ROUNDS, num_stages=STAGES):
+        if PARTS > 1:
+            scales = next_s
+            next_s = _load_scales(
+                r + 1, scales_ptr, scale_at, of_part, n, N, groups, VALUES, GROUP, SPAN, EVEN, LINEAR, ROUNDS
+            )
+        else:
+            scales = _load_scales(
+                r, scales_ptr, scale_at, of_part, n, N, groups, VALUES, GROUP, SPAN, EVEN, LINEAR, ROUNDS
+            )
         if X_AHEAD:
             x = next_x
             next_x = _load_x(r + 1, x_ptr, x_at, xk, K, VALUES, SPAN, EVEN, ROUNDS)
         else:
             x = _load_x(r, x_ptr, x_at, xk, K, VALUES, SPAN, EVEN, ROUNDS)
-        w0, w1, w2, z, mu, scales = round0
-        if AHEAD == 2:
-            round0 = round1
-            round1 = later
-        else:
-            round0 = later
-        zero = _zero(z.to(tl.uint32), BITS, BF16, INTERPRET)
+        w0, w1, w2, z, mu = _load_round(
+            r, words_ptr, zeros_ptr, offset_ptr, word_at, zero_at, n, word, first,
+            N, words, groups, VALUES, WORDS, GROUP, SPAN, OFFSET, EVEN, LINEAR,
+        )  # fmt: skip
+        zero = _zero(z.to(tl.uint32), scales, BITS, BF16, PARTS, INTERPRET)
         if OFFSET:
             mu = mu.to(tl.float32) if BITS == 8 and BF16 else _two_halves(mu, BF16)
         w0 = w0.to(tl.uint32, bitcast=True)
         w1 = w1.to(tl.uint32, bitcast=True)
         w2 = w2.to(tl.uint32, bitcast=True)
         left = _operand(w0, w1, w2, zero, mu, BITS, OFFSET, BF16, INTERPRET)
-        # (p, a, warp, step, tile, column, half, pairs) -> (warp, (tile, column, a), (step, pairs, p, pair in 2, half))
-        left = tl.reshape(left, (4, 8, WARPS, STEPS, TILES, 4, 2, VALUES // 4, 2))
-        left = tl.permute(left, (2, 4, 5, 1, 3, 7, 0, 8, 6))
-        left = tl.reshape(left, (WARPS, COLUMNS, STEPS * 4 * VALUES))
+        # (warp, step, tile, a, p, column, half, pairs) -> (warp, (tile, column, a), (step, pairs, p, pair in 2, half))
+        left = tl.reshape(left, (W, STEPS, TILES, 8, 4, 4, 2, VALUES // 4, 2))
+        left = tl.permute(left, (0, 2, 5, 3, 1, 7, 4, 8, 6))
+        left = tl.reshape(left, (W, COLUMNS, STEPS * 4 * VALUES))
         for part in tl.static_range(PARTS):
             xs = x
             if PARTS > 1:
@@ -410,24 +435,24 @@ def matmul_kernel(
                 rest = xs - high.to(tl.float32)
                 middle = rest.to(tl.bfloat16)
                 low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-                dot = tl.dot(left, _right(low, BITS, VALUES, STEPS, WARPS, ROWS))
-                dot = tl.dot(left, _right(middle, BITS, VALUES, STEPS, WARPS, ROWS), dot)
-                dot = tl.dot(left, _right(high, BITS, VALUES, STEPS, WARPS, ROWS), dot)
+                dot = tl.dot(left, _right(low, BITS, VALUES, STEPS, WARPS, ABREAST, ROWS))
+                dot = tl.dot(left, _right(middle, BITS, VALUES, STEPS, WARPS, ABREAST, ROWS), dot)
+                dot = tl.dot(left, _right(high, BITS, VALUES, STEPS, WARPS, ABREAST, ROWS), dot)
             elif INTERPRET:
                 # The interpreter has no product of bfloat16.
-                right = _right(xs.to(tl.float32), BITS, VALUES, STEPS, WARPS, ROWS)
+                right = _right(xs.to(tl.float32), BITS, VALUES, STEPS, WARPS, ABREAST, ROWS)
                 dot = tl.dot(left.to(tl.float32), right, input_precision="ieee")
             else:
-                dot = tl.dot(left, _right(xs, BITS, VALUES, STEPS, WARPS, ROWS))
+                dot = tl.dot(left, _right(xs, BITS, VALUES, STEPS, WARPS, ABREAST, ROWS))
             # The scales lie where the accumulators lie, p taking the place of a pair of rows.
-            s = _of_part(scales, part, PARTS, WARPS, TILES).to(tl.float32)
-            s = tl.reshape(tl.permute(s, (2, 4, 5, 1, 3, 0)), (WARPS, COLUMNS, 1, 4, 1))
-            s = tl.reshape(tl.broadcast_to(s, (WARPS, COLUMNS, ROWS // 8, 4, 2)), (WARPS, COLUMNS, ROWS))
+            s = tl.reshape(_of_part(scales, part, PARTS).to(tl.float32), (W, TILES, 8, 4, 4))
+            s = tl.reshape(tl.permute(s, (0, 1, 4, 2, 3)), (W, COLUMNS, 1, 4, 1))
+            s = tl.reshape(tl.broadcast_to(s, (W, COLUMNS, ROWS // 8, 4, 2)), (W, COLUMNS, ROWS))
             total += dot * s
 
-    y = tl.sum(total, axis=0)
-    m = tl.arange(0, COLUMNS)
-    column = tl.program_id(0) * COLUMNS + (m // 32) * 32 + (m % 8) * 4 + (m // 8) % 4
+    y = tl.sum(tl.reshape(total, (WARPS, ABREAST * COLUMNS, ROWS)), axis=0)
+    m = tl.arange(0, ABREAST * COLUMNS)
+    column = tl.program_id(0) * (ABREAST * COLUMNS) + (m // 32) * 32 + (m % 8) * 4 + (m // 8) % 4
     out = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
