@@ -1,4 +1,8 @@
-"""Sizes of the packed matmul's programs, apart from the kernel: measured on one H200, a rule for every shape."""
+"""Sizes of the packed matmul's programs, apart from the kernel: a table by rows and width, a rule for the shape.
+
+Measured on one H200 by ``benchmarks/matmul.py``. What a round of a warp waits for is latency, not bandwidth, so the
+numbers below settle how much is in flight: words loaded rounds ahead, against warps that still fit the registers.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,48 @@ BUCKETS = (8, 16, 32, 64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class MatmulBlocks:
-    """One program: ``rows`` by 32 * ``tiles`` columns, ``warps`` that share k, ``steps`` of four periods at a time.
+    """One program: ``rows`` by 32 * ``tiles`` columns, ``warps`` that share k, ``steps`` of four periods in a round.
 
-    ``ahead``: whether x is loaded a round ahead, as the words are; ``split``: programs that share k between them.
+    Words are loaded ``ahead`` (1 or 2) rounds before their use, x ``x_ahead`` (0 to 2); ``unroll`` rounds are written
+    out; with ``rotate`` programs start in different rounds; ``split`` programs share k between them, and their parts
+    are added by XLA.
     """
 
     rows: int
-    tiles: int
-    warps: int
     steps: int
-    abreast: int = 1
-    stages: int = 4
-    x_ahead: bool = True
+    ahead: int = 1
+    x_ahead: int = 0
+    unroll: int = 1
+    warps: int = 4
+    tiles: int = 1
+    rotate: bool = False
     split: int = 1
+
+
+# By bucket and bits. ``warps`` is filled in by the shape.
+_TABLE = {
+    (8, 2): MatmulBlocks(8, 1),
+    (8, 3): MatmulBlocks(8, 1),
+    (8, 4): MatmulBlocks(8, 2, ahead=2, x_ahead=1, unroll=3),
+    (8, 8): MatmulBlocks(8, 2, ahead=2, unroll=3),
+    (16, 2): MatmulBlocks(16, 1),
+    (16, 3): MatmulBlocks(16, 1),
+    (16, 4): MatmulBlocks(16, 2),
+    (16, 8): MatmulBlocks(16, 2),
+    (32, 2): MatmulBlocks(32, 1),
+    (32, 3): MatmulBlocks(32, 1),
+    (32, 4): MatmulBlocks(32, 1),
+    (32, 8): MatmulBlocks(32, 1),
+    (64, 2): MatmulBlocks(64, 1),
+    (64, 3): MatmulBlocks(32, 1),  # 32 values to a period: 64 rows of x do not fit the registers
+    (64, 4): MatmulBlocks(64, 2),
+    (64, 8): MatmulBlocks(64, 2),
+}
+
+# Warps that the card holds at once at the registers they take, by the rows of a program, and the warps of a program
+# where there are more programs than that. 132 multiprocessors of 64k registers.
+_RESIDENT = {8: 2112, 16: 2112, 32: 2112, 64: 1056}
+_CROWDED = {8: 8, 16: 4, 32: 4, 64: 4}
 
 
 def period_of(bits: int) -> tuple[int, int]:
@@ -47,8 +80,25 @@ def matmul_blocks(rows: int, n_in: int, n_out: int, bits: int, group: int) -> Ma
     whole = group >= n_in or group % depth == 0
     if bucket is None or not (whole or (depth % group == 0 and group % values == 0)):
         return None
-    steps = 1
-    while bucket <= 16 and steps * values < 16 and whole and (group >= n_in or group % (2 * steps * depth) == 0):
-        steps *= 2
-    warps = 8
-    return MatmulBlocks(min(bucket, 64), 1, warps, steps, x_ahead=bucket <= 16)
+    blocks = _TABLE[min(bucket, 64), bits]
+    longer = 2 * blocks.steps
+    if bucket == 8 and bits == 4 and (group >= n_in or group % (longer * depth) == 0):
+        # Groups that let a round be twice as long need not look two rounds ahead.
+        blocks = dataclasses.replace(blocks, steps=longer, ahead=1, x_ahead=0, unroll=1)
+    while blocks.steps > 1 and group < n_in and group % (blocks.steps * depth):
+        blocks = dataclasses.replace(blocks, steps=blocks.steps // 2)
+    return dataclasses.replace(blocks, warps=_warps(blocks, depth, n_in, n_out))
+
+
+def _warps(blocks: MatmulBlocks, depth: int, n_in: int, n_out: int) -> int:
+    """As many as are resident at once, 2 to 16, while each still has 8 rounds."""
+    programs = -(-n_out // (32 * blocks.tiles))
+    resident = _RESIDENT[blocks.rows]
+    least = 2 if blocks.rows == 64 else 4
+    if programs * least > resident:
+        return _CROWDED[blocks.rows]
+    warps = least
+    rounds = n_in // (depth * blocks.steps)
+    while 2 * warps * programs <= resident and 2 * warps <= 16 and rounds >= 16 * warps:
+        warps *= 2
+    return warps

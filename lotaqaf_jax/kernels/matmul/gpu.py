@@ -17,13 +17,14 @@ from lotaqaf_jax.quant.weight import QuantizedWeight
 __all__ = ["fused", "matmul"]
 
 
-def matmul(
-    x: jax.Array, w: QuantizedWeight, bias: jax.Array | None, layer: jax.Array | int | None
-) -> jax.Array:
+def matmul(x: jax.Array, w: QuantizedWeight, bias: jax.Array | None, layer: jax.Array | int | None) -> jax.Array:
     """x @ W + bias for one weight, or for one layer of a stack."""
     n_in, n_out = w.shape
     group = n_in if w.group_size == -1 else w.group_size
-    blocks = None if w.g_idx is not None else matmul_blocks(x.shape[0], n_in, n_out, w.bits, group)
+    blocks = None
+    # A float32 x wants q - z + mu to more than the 16 bits of the kernel's operand.
+    if w.g_idx is None and not (x.dtype == jnp.float32 and w.offset is not None):
+        blocks = matmul_blocks(x.shape[0], n_in, n_out, w.bits, group)
     if blocks is None:
         w, bias = plain.layer_of(w, bias, layer)
         return plain.matmul(x, dequantized(w, x.dtype), bias)
@@ -62,9 +63,9 @@ def fused(
             if split
             else jax.ShapeDtypeStruct((rows, n_out), x.dtype)
         ],
-        grid=(-(-n_out // (32 * blocks.tiles * blocks.abreast)), blocks.split, -(-rows // blocks.rows)),
-        num_warps=blocks.warps * blocks.abreast,
-        num_stages=blocks.stages,
+        grid=(-(-n_out // (32 * blocks.tiles)), blocks.split, -(-rows // blocks.rows)),
+        num_warps=blocks.warps,
+        num_stages=1,
         fuse=True,
         BITS=w.bits,
         VALUES=values,
@@ -79,14 +80,15 @@ def fused(
         ROWS=blocks.rows,
         TILES=blocks.tiles,
         WARPS=blocks.warps,
-        ABREAST=blocks.abreast,
         STEPS=blocks.steps,
         SPLIT=blocks.split,
         X_AHEAD=blocks.x_ahead,
+        UNROLL=blocks.unroll,
         ROUNDS=rounds,
-        EVEN=n_in == rounds * span and n_out % (32 * blocks.tiles * blocks.abreast) == 0,
+        EVEN=n_in == rounds * span and n_out % (32 * blocks.tiles) == 0,
         LINEAR=group >= n_in or span % group == 0,
-        STAGES=blocks.stages,
+        ROTATE=blocks.rotate,
+        AHEAD=blocks.ahead,
     )
     if not split:
         return y

@@ -22,20 +22,20 @@ def packed_matmul(
 ) -> jax.Array:
     """y = x @ W + bias, W = scales * (q - zeros + offset), for the few rows of a decoding step.
 
-    On a card, up to 128 rows, W is never made: a kernel reads the packed words and sums in float32. It multiplies
-    x by q - zeros, which 16 bits hold exactly, and the sum of each group by its scale in float32; with an offset,
-    q - zeros + offset is rounded to the type of x. That is as exact as rounding W itself to the type of x, or more, and
-    needs an operation less for every weight. A float32 x enters in three parts of 8 bits, so nothing of it is
-    lost; the offset is then rounded to 8 bits with q - zeros. The result depends on the number of rows only through
-    the bucket it falls into (8, 16, 32, 64, 128), and is the same in every run. Other cases (more rows, act-order,
-    groups that do not divide into periods of the bitstream) make W with a kernel first.
+    On a card, up to 128 rows, W is never made: a kernel reads the packed words. It multiplies x by q - zeros, which
+    16 bits hold exactly, sums each group in float32 and multiplies the sum by its scale in float32; with an offset,
+    q - zeros + offset is rounded to the type of x. That is as exact as rounding W itself to the type of x, or more,
+    and takes an instruction less for every weight. A float32 x enters in three parts of 8 bits, so nothing of it is
+    lost. The result is the same in every run, and depends on the number of rows only through the bucket it falls into
+    (8, 16, 32, 64, 128). Other cases make W with a kernel first: more rows, act-order, groups that are not whole
+    periods of the bitstream, and float32 with an offset.
 
     Args:
         x: (rows, in), bfloat16, float16 or float32.
         w: the quantised weight (in, out); or a stack of them, every array with a leading axis of layers.
         bias: (out,), or (layers, out) with a stack; or None.
-        layer: which of the stack, a scalar or of shape (1,), possibly traced. The kernel reads the stack in place, where
-            a slice would be copied.
+        layer: which of the stack, a scalar or of shape (1,), possibly traced. The kernel reads the stack in place,
+            where a slice would be copied.
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
     Returns:
