@@ -170,9 +170,9 @@ def _stack(names: list[str], shape: tuple[int, ...], dtype: Any, read: Callable[
     """Read one tensor after the other into a stack (len(names), *shape), in place."""
     stack = jnp.zeros((len(names), *shape), dtype)
     for i, name in enumerate(names):
-        stack = _place(stack, jnp.asarray(read(name), dtype), i)
-    # The host may run ahead of the copies and hold every row at once; wait for this stack before the next.
-    return stack.block_until_ready()
+        # Waited for, because on a busy machine the host runs ahead of the copies and holds many rows at once.
+        stack = _place(stack, jnp.asarray(read(name), dtype), i).block_until_ready()
+    return stack
 
 
 def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress: bool = True) -> Decoder:
