@@ -123,7 +123,7 @@ def moved_share(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float)
     return jnp.mean(jnp.abs(ternary_step(w, a, b, omega=omega)), dtype=jnp.float32)
 
 
-def _offset_scale(omega: float, offset: str) -> float:
+def offset_scale(omega: float, offset: str) -> float:
     """c, by which the group mean of R is multiplied to give mu."""
     return {"reference": 1.0 / omega, "paper": 1.0, "none": 0.0}[offset]
 
@@ -198,7 +198,8 @@ def adapter_gradients(
         w: the quantised weight (in, out).
         a: (in, rank).
         b: (rank, out).
-        dweight: dL/dW', (in, out) float.
+        dweight: dL/dW', (in, out) float. Where it has 16 bits, dD is rounded to them before the products, which
+            accumulate in float32: t-SignSGD reads sign and rank, and nothing of this size is made in float32.
         omega: threshold.
         offset: offset rule.
 
@@ -209,10 +210,15 @@ def adapter_gradients(
     """
     dd = w.spread(w.scales).astype(jnp.float32) * dweight.astype(jnp.float32)
     if offset != "none":
-        dd = dd + w.spread(_offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    exact = jax.lax.Precision.HIGHEST  # The default may be TF32 on a GPU.
-    return jnp.matmul(dd, b.T, precision=exact), jnp.matmul(a.T, dd, precision=exact)
+        dd = dd + w.spread(offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
+    dd = dd.astype(dweight.dtype)
+    a, b = a.astype(dd.dtype), b.astype(dd.dtype)
+    wide = functools.partial(
+        jax.lax.dot_general,
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,  # For float32 the default may be TF32 on a GPU.
+    )
+    return wide(dd, b, (((1,), (1,)), ((), ()))), wide(a, dd, (((0,), (0,)), ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from lotaqaf_jax.data.config import DataConfig
@@ -82,6 +81,8 @@ class BatchStream:
     """
 
     def __init__(self, rows: _Rows, seed: int) -> None:
+        import grain  # Not above: measuring and kernels get along without it.
+
         self._rows = rows
         self._seed = seed
         self.examples = rows.examples

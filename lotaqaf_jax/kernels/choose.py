@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import jax
 
 from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.kernels.launch import interpreted
 
 __all__ = ["Implementation", "choose", "missing_for_triton"]
 
@@ -21,7 +22,7 @@ def choose(implementation: str | None = None) -> Implementation:
 
     Args:
         implementation: "xla" is plain JAX and runs everywhere; "triton" are kernels for NVIDIA cards of compute
-            capability 8.0 or more; None is "triton" where it runs, and "xla", with one warning on a GPU, where not.
+            capability 8.0 or more, or with TRITON_INTERPRET=1 for Triton's interpreter; None is "triton" where it runs, and "xla", with one warning on a GPU, where not.
 
     Raises:
         ConfigError: an unknown name, or "triton" without the packages it needs.
@@ -66,5 +67,7 @@ def missing_for_triton() -> str | None:
 
 
 def _missing_packages() -> str:
-    names = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    # The interpreter calls Triton itself, and torch.
+    needed = ("triton", "torch") if interpreted() else ("triton", "jax_triton")
+    names = [name for name in needed if importlib.util.find_spec(name) is None]
     return " and ".join(names)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["launch"]
+__all__ = ["interpreted", "launch"]
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def launch(
@@ -38,7 +44,7 @@ def launch(
         zeroed: outputs that are set to zero before the kernel starts.
         constants: the kernel's ``tl.constexpr`` parameters.
     """
-    if type(kernel).__name__ == "InterpretedFunction":
+    if interpreted():
         return _interpret(kernel, inputs, out, grid, aliases or {}, zeroed, constants)
     # Imported here, because it changes the environment and is needed on a card alone.
     import jax_triton

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, adapter_gradients, adjusted_weight
+from lotaqaf_jax.ternary import Offset, adapter_gradients, adjusted_weight, check_settings, merge
 
-__all__ = ["TernaryAdapter", "quantized_linear", "weight_matrix"]
+__all__ = ["TernaryAdapter", "merge_adapter", "quantized_linear", "weight_matrix"]
 
 
 @jax.tree_util.register_dataclass
@@ -42,13 +43,17 @@ class TernaryAdapter:
         return self.a.shape[-1]
 
 
-def weight_matrix(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> jax.Array:
+def weight_matrix(
+    w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any, implementation: str | None = None
+) -> jax.Array:
     """The matrix that multiplies x: W, or W' with adapters, (in, out), rounded once to ``dtype``.
 
-    The product must see the same operand, and be compiled the same way, whether it came from adapters or from merged
-    words: a compiler that draws part of the dequantisation into its matrix product (XLA on the CPU does) sums in
-    another order. The detour by the bits of the float, which costs nothing, keeps it out.
+    All implementations give the same bits. The product must see the same operand, and be compiled the same way, whether
+    it came from adapters or from merged words: a compiler that draws part of the dequantisation into its matrix product
+    (XLA on the CPU does) sums in another order. The detour by the bits of the float, which costs nothing, keeps it out.
     """
+    if choose(implementation) == "triton":
+        return _fused(w, adapter, dtype)
     if adapter is None:
         matrix = w.dequantize()
     else:
@@ -63,6 +68,30 @@ def weight_matrix(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any
     matrix = matrix.astype(dtype)
     bits = jax.lax.bitcast_convert_type(matrix, {4: jnp.uint32, 2: jnp.uint16}[matrix.dtype.itemsize])
     return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), dtype)
+
+
+def _fused(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> jax.Array:
+    from lotaqaf_jax.kernels.adjust import gpu
+
+    if adapter is not None:
+        w, _ = gpu.merged(w, adapter.a, adapter.b, adapter.omega, adapter.offset, adapter.offset_dtype)
+    return gpu.dequantized(w, dtype)
+
+
+def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: str | None = None) -> QuantizedWeight:
+    """:func:`lotaqaf_jax.ternary.merge` of an adapter, by the implementation that runs fastest here.
+
+    Every implementation gives the same words and the same offset, bit for bit.
+    """
+    check_settings(adapter.rank, adapter.omega, adapter.offset)
+    if choose(implementation) == "triton":
+        from lotaqaf_jax.kernels.adjust import gpu
+
+        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
+        return gpu.merged(w, adapter.a, adapter.b, *rule, in_place=True)[0]
+    return merge(
+        w, adapter.a, adapter.b, omega=adapter.omega, offset=adapter.offset, offset_dtype=adapter.offset_dtype
+    )
 
 
 def quantized_linear(
@@ -90,30 +119,35 @@ def quantized_linear(
     Raises:
         ConfigError: an unknown implementation, or adapter settings out of range.
     """
-    choose(implementation)
-    return _linear(x, w, adapter)
+    return _linear(x, w, adapter, choose(implementation))
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None) -> jax.Array:
-    return x @ weight_matrix(w, adapter, x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None, implementation: str) -> jax.Array:
+    return x @ weight_matrix(w, adapter, x.dtype, implementation)
 
 
 def _linear_fwd(
-    x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None
+    x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None, implementation: str
 ) -> tuple[jax.Array, tuple[jax.Array, QuantizedWeight, TernaryAdapter | None]]:
-    return _linear(x, w, adapter), (x, w, adapter)
+    return _linear(x, w, adapter, implementation), (x, w, adapter)
 
 
 def _linear_bwd(
+    implementation: str,
     saved: tuple[jax.Array, QuantizedWeight, TernaryAdapter | None], dy: jax.Array
 ) -> tuple[jax.Array, None, TernaryAdapter | None]:
     x, w, adapter = saved
-    dx = dy @ weight_matrix(w, adapter, x.dtype).T
+    # Contractions rather than transposes, which XLA may write out in full.
+    dx = jax.lax.dot_general(
+        dy, weight_matrix(w, adapter, x.dtype, implementation), (((dy.ndim - 1,), (1,)), ((), ()))
+    )
     if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
         return dx, None, None
-    rows = functools.reduce(lambda n, size: n * size, x.shape[:-1], 1)
-    dweight = jnp.matmul(x.reshape(rows, -1).T, dy.reshape(rows, -1), preferred_element_type=jnp.float32)
+    rows = math.prod(x.shape[:-1])
+    # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at half
+    # the memory.
+    dweight = jax.lax.dot_general(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ())))
     da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
 

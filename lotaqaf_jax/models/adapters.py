@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lotaqaf_jax.errors import AdapterError, ConfigError
-from lotaqaf_jax.kernels import TernaryAdapter
+from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter
 from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.layers import Linear, Ternary
 from lotaqaf_jax.models.spec import PROJECTIONS
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import Offset, check_settings, init_adapter, moved_share
-from lotaqaf_jax.ternary import merge as merge_weight
 
 __all__ = ["TARGET_MODULES", "adapted_linears", "add_adapters", "check_targets", "linears", "merge", "moved_shares"]
 
@@ -179,11 +178,7 @@ def _init_stack(seed: int, labels: jax.Array, n_in: int, n_out: int, rank: int) 
 # Scans rather than batches over the stacked layers: one layer's unpacked integers at a time.
 @jax.jit
 def _merge_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> QuantizedWeight:
-    def one(pair: tuple[QuantizedWeight, TernaryAdapter]) -> QuantizedWeight:
-        w, t = pair
-        return merge_weight(w, t.a, t.b, omega=t.omega, offset=t.offset, offset_dtype=t.offset_dtype)
-
-    return jax.lax.map(one, (weights, adapters))
+    return jax.lax.map(lambda pair: merge_adapter(*pair), (weights, adapters))
 
 
 @jax.jit

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lotaqaf_jax.kernels.attention import causal_attention
+from lotaqaf_jax.models.cache import KVCache, cached_attention
 from lotaqaf_jax.models.config import DecoderConfig
-from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm
+from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, wide_logits
 from lotaqaf_jax.models.rope import apply_rope, rope_angles
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec
 
-__all__ = ["Attention", "Block", "Decoder", "Mlp", "attention_mask"]
+__all__ = ["Attend", "Attention", "Block", "Decoder", "Mlp", "attention_mask", "causal"]
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""How queries meet keys and values: (q, k, v), each (batch, length, heads or kv_heads, head_dim), q and k rotated, ->
+(what the queries gather, in the shape of q; whatever is to be kept, such as a cache that has taken in k and v)."""
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:
@@ -29,8 +36,17 @@ def attention_mask(segment_ids: jax.Array) -> jax.Array:
     return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
 
+def causal(mask: jax.Array | None = None) -> Attend:
+    """Every token attends to itself and to earlier ones where ``mask``, (batch, 1, length, length) bool, allows it."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return causal_attention(q, k, v, mask), None
+
+    return attend
+
+
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary embedding."""
+    """Grouped-query attention with rotary embedding."""
 
     def __init__(self, config: DecoderConfig, linears: dict[str, LinearSpec], stack: tuple[int, ...] = ()) -> None:
         self.q_proj = Linear(linears["self_attn.q_proj"], stack)
@@ -41,23 +57,25 @@ class Attention(nnx.Module):
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array | None) -> jax.Array:
-        """(batch, length, hidden) -> (batch, length, hidden).
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """(batch, length, hidden) -> (batch, length, hidden), and what ``attend`` keeps.
 
             softmax(rope(q) rope(k)^T / sqrt(head_dim) + mask) v, every kv head shared by heads/kv_heads queries
 
         Args:
             x: (batch, length, hidden).
             rope: cosine and sine, (batch, length, 1, head_dim/2).
-            mask: (batch, 1, length, length) bool, or None for causality alone.
+            attend: the softmax and its mask: :func:`causal`, or attention over a cache.
+            layer: () int32, which layer of stacked arrays; None where they are one layer's.
         """
         batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim))
+        q = self.q_proj(x, layer).reshape(batch, length, self.heads, self.head_dim)
+        k = self.k_proj(x, layer).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = self.v_proj(x, layer).reshape(batch, length, self.kv_heads, self.head_dim)
+        mixed, kept = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), layer), kept
 
 
 class Mlp(nnx.Module):
@@ -68,9 +86,9 @@ class Mlp(nnx.Module):
         self.up_proj = Linear(linears["mlp.up_proj"], stack)
         self.down_proj = Linear(linears["mlp.down_proj"], stack)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """(..., hidden) -> (..., hidden)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(jax.nn.silu(self.gate_proj(x, layer)) * self.up_proj(x, layer), layer)
 
 
 class Block(nnx.Module):
@@ -88,10 +106,13 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, norm_dtype, stack)
         self.mlp = Mlp(linears, stack)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array | None) -> jax.Array:
-        """(batch, length, hidden) -> (batch, length, hidden)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """(batch, length, hidden) -> (batch, length, hidden), and what ``attend`` keeps; as :class:`Attention`."""
+        mixed, kept = self.self_attn(self.input_layernorm(x, layer), rope, attend, layer)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x, layer), layer), kept
 
     def linear(self, path: str) -> Linear:
         """The projection at ``path``, one of :data:`lotaqaf_jax.models.spec.PROJECTIONS`."""
@@ -139,16 +160,69 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         rope = rope_angles(positions, self.config)
-        mask = None if segment_ids is None else attention_mask(segment_ids)
+        attend = causal(None if segment_ids is None else attention_mask(segment_ids))
         x = self.embed_tokens(input_ids, self.dtype)
         for segment in self.segments:
             graph, stacked = nnx.split(segment)
 
             def block(x: jax.Array, layer: nnx.State, graph: nnx.GraphDef = graph) -> tuple[jax.Array, None]:
-                return nnx.merge(graph, layer)(x, rope, mask), None
+                return nnx.merge(graph, layer)(x, rope, attend)
 
             x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, stacked)
         return self.norm(x)
+
+    def empty_cache(self, batch: int, slots: int) -> tuple[KVCache, ...]:
+        """A cache for every segment, of the type the model computes in."""
+        config = self.config
+        return tuple(
+            KVCache.empty(count, batch, config.num_key_value_heads, slots, config.head_dim, self.dtype)
+            for _, count in self.spec.runs()
+        )
+
+    def cached_hidden_states(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        caches: tuple[KVCache, ...],
+        slot: jax.Array | int,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """As :meth:`hidden_states`, with keys and values written to a cache, and read from it.
+
+        The layers are run in a loop over their index with the stacked weights whole, see
+        :mod:`lotaqaf_jax.models.layers`.
+
+        Args:
+            input_ids: (batch, length) int32.
+            positions: (batch, length) int32.
+            caches: one for each of ``segments``, from :meth:`empty_cache` or an earlier call.
+            slot: () int32; the tokens' keys and values go to the slots slot, ..., slot + length - 1.
+            valid: (batch, slots) bool: attend to the slots marked, the new ones among them. None for a prompt: attend
+                to the tokens of this call alone, each to itself and earlier ones.
+
+        Returns:
+            The last layer's output after its norm, (batch, length, hidden), and the caches.
+        """
+        rope = rope_angles(positions, self.config)
+        x = self.embed_tokens(input_ids, self.dtype)
+        written = []
+        for segment, cache in zip(self.segments, caches, strict=True):
+
+            def block(
+                layer: jax.Array, carry: tuple[jax.Array, KVCache], segment: Block = segment
+            ) -> tuple[jax.Array, KVCache]:
+                x, cache = carry
+
+                def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+                    kept = cache.write(layer, slot, k, v)
+                    mixed = causal()(q, k, v)[0] if valid is None else cached_attention(q, *kept.layer(layer), valid)
+                    return mixed, kept
+
+                return segment(x, rope, attend, layer)
+
+            x, cache = jax.lax.fori_loop(0, cache.keys.shape[0], block, (x, cache))
+            written.append(cache)
+        return self.norm(x), tuple(written)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """(..., hidden) -> logits (..., vocab) float32."""
@@ -156,9 +230,7 @@ class Decoder(nnx.Module):
             return self.embed_tokens.attend(hidden)
         if self.lm_head.is_quantized:
             return self.lm_head(hidden).astype(jnp.float32)
-        # Not by way of the type of the activations: bfloat16 logits would tie where float32 ones do not.
-        table = self.lm_head.weight.get_value().astype(hidden.dtype)
-        return jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
+        return wide_logits(hidden, self.lm_head.weight.get_value().astype(hidden.dtype))
 
     def __call__(
         self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None

@@ -1,4 +1,9 @@
-"""Linear layer, embedding and norm. Arrays may carry a leading axis that stacks layers; a scan takes it off."""
+"""Linear layer, embedding and norm.
+
+Arrays may carry a leading axis that stacks layers. In training a scan takes it off. In decoding the stack stays whole
+and the call names the layer, because a scan copies what it slices before a kernel can read it, and with a token a row
+that copy would cost as much as the product.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,18 @@ from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
 
 __all__ = ["Embed", "Linear", "PackedWeight", "RMSNorm", "Ternary"]
+
+
+def _at(stack: Any, layer: jax.Array | None) -> Any:
+    """Arrays of one layer out of a stack; ``layer`` None where they are one layer's already."""
+    if layer is None:
+        return stack
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
+
+
+def _packed_matmul(x: jax.Array, w: QuantizedWeight, *, layer: jax.Array) -> jax.Array:
+    """x @ W of one layer of a stack, (rows, in) -> (rows, out): every quantised product of a decoding step."""
+    return quantized_linear(x, _at(w, layer))
 
 
 class PackedWeight(nnx.Variable):
@@ -76,13 +93,53 @@ class Linear(nnx.Module):
         """The layer's adapters, or None."""
         return None if self.adapter is None else self.adapter.get_value()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., in) -> (..., out), in the type of ``x``."""
-        if self.is_quantized:
-            y = quantized_linear(x, self.packed, self.ternary)
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """(..., in) -> (..., out), in the type of ``x``.
+
+        Args:
+            x: (..., in).
+            layer: () int32, which layer of a stack; None where the arrays are one layer's.
+        """
+        if not self.is_quantized:
+            table = _at(self.weight.get_value(), layer).astype(x.dtype)
+            y = jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
+        elif layer is None or self.ternary is not None:
+            y = quantized_linear(x, _at(self.packed, layer), _at(self.ternary, layer))
         else:
-            y = x @ self.weight.get_value().astype(x.dtype).T
-        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+            y = _packed_matmul(x.reshape(-1, x.shape[-1]), self.packed, layer=layer).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(x.dtype)
+
+
+@jax.custom_vjp
+def wide_logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    """x @ table.T in float32, whatever the type of the operands: 16-bit logits would tie where float32 ones do not.
+
+    The gradient of the logits is rounded to the type of ``x`` before it is multiplied; otherwise JAX would widen the
+    table to float32 instead.
+
+    Args:
+        x: (..., hidden).
+        table: (vocab, hidden) in the type of ``x``.
+
+    Returns:
+        (..., vocab) float32.
+    """
+    return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _wide_logits_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return wide_logits(x, table), (x, table)
+
+
+def _wide_logits_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, table = saved
+    dy = dy.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(dy, table, (((x.ndim - 1,), (0,)), ((), ())))
+    return dx, jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
+
+
+wide_logits.defvjp(_wide_logits_fwd, _wide_logits_bwd)
 
 
 class Embed(nnx.Module):
@@ -97,8 +154,7 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """(..., hidden) -> (..., vocab) float32: x @ table.T."""
-        table = self.weight.get_value().astype(x.dtype)
-        return jnp.matmul(x, table.T, preferred_element_type=jnp.float32)
+        return wide_logits(x, self.weight.get_value().astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -108,8 +164,8 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., size) -> (..., size), in the type of ``x``."""
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """(..., size) -> (..., size), in the type of ``x``; ``layer`` as in :class:`Linear`."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value().astype(x.dtype) * normed.astype(x.dtype)
+        return _at(self.weight.get_value(), layer).astype(x.dtype) * normed.astype(x.dtype)

@@ -86,7 +86,11 @@ def train(
         data.train.restore(place["data"])
         print(f"resumed from step {resumed} of {total}")
     step_function = make_train_step(
-        graph, optimizer, accumulate=config.accumulation, remat=config.gradient_checkpointing
+        graph,
+        optimizer,
+        accumulate=config.accumulation,
+        remat=config.gradient_checkpointing,
+        packed=config.packing,
     )
 
     def current(state: TrainState) -> Decoder:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lotaqaf_jax.models import Decoder
 
 __all__ = ["IGNORE", "TokenScores", "score_tokens", "summed_loss", "targets_of"]
 
 IGNORE = -100
-# Logits of one chunk, in float32 values: 64 MiB.
-_CHUNK_VALUES = 2**24
+# Logits of one chunk, in float32 values: 256 MiB. Enough rows for a matrix product at full speed with any vocabulary.
+_CHUNK_VALUES = 2**26
 
 
 @jax.tree_util.register_dataclass
@@ -37,9 +39,7 @@ def score_tokens(
     input_ids: jax.Array,
     labels: jax.Array,
     positions: jax.Array,
-    segment_ids: jax.Array,
-    *,
-    remat: bool = False,
+    segment_ids: jax.Array | None,
 ) -> TokenScores:
     """Loss and argmax of every next token.
 
@@ -51,38 +51,84 @@ def score_tokens(
         labels: (batch, length) int32, aligned with ``input_ids``, :data:`IGNORE` where no loss is taken and at the
             first token of every example.
         positions: (batch, length) int32.
-        segment_ids: (batch, length) int32, 0 for padding.
-        remat: recompute activations in the backward pass.
+        segment_ids: (batch, length) int32, 0 for padding; None where every row is one example, padded at its end: no
+            token then comes after padding, and causality is mask enough.
     """
-    hidden = model.hidden_states(input_ids, positions, segment_ids, remat=remat)
-    batch, length, size = hidden.shape
-    targets = targets_of(labels).reshape(-1)
-    chunk = max(1, min(batch * length, _CHUNK_VALUES // model.config.vocab_size))
-    chunks = -(-batch * length // chunk)
-    missing = chunks * chunk - batch * length
-    flat = jnp.pad(hidden.reshape(-1, size), ((0, missing), (0, 0))).reshape(chunks, chunk, size)
-    padded = jnp.pad(targets, (0, missing), constant_values=IGNORE).reshape(chunks, chunk)
+    hidden = model.hidden_states(input_ids, positions, segment_ids)
+    targets = targets_of(labels)
 
-    # Recomputed in the backward pass: otherwise the scan would keep every chunk's logits.
-    @jax.checkpoint
-    def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = chunk
         logits = model.head(hidden)
-        counted = targets != IGNORE
-        picked = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[:, None], axis=-1)[:, 0]
-        loss = jax.nn.logsumexp(logits, axis=-1) - picked
-        return jnp.where(counted, loss, 0.0), counted & (jnp.argmax(logits, axis=-1) == targets)
+        loss, _, counted = _losses(logits, targets)
+        return loss, counted & (jnp.argmax(logits, axis=-1) == targets)
 
-    loss, correct = jax.lax.map(lambda pair: score(*pair), (flat, padded))
+    loss, correct = jax.lax.map(score, _chunks(hidden, targets, model.config.vocab_size))
 
     def whole(array: jax.Array) -> jax.Array:
-        return array.reshape(-1)[: batch * length].reshape(batch, length)
+        return array.reshape(-1)[: targets.size].reshape(targets.shape)
 
-    return TokenScores(whole(loss), whole(correct), targets.reshape(batch, length) != IGNORE)
+    return TokenScores(whole(loss), whole(correct), targets != IGNORE)
 
 
-def summed_loss(model: Decoder, batch: dict[str, jax.Array], *, remat: bool = False) -> jax.Array:
-    """Sum of the loss over the targets of a batch (see docs/architecture.md for its arrays), a float32 scalar."""
-    scores = score_tokens(
-        model, batch["input_ids"], batch["labels"], batch["positions"], batch["segment_ids"], remat=remat
-    )
-    return scores.loss.sum()
+def _chunks(hidden: jax.Array, targets: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Cut all positions into chunks: (chunks, tokens, hidden) and (chunks, tokens), filled up with no targets."""
+    size, count = hidden.shape[-1], targets.size
+    tokens = max(1, min(count, _CHUNK_VALUES // vocab_size))
+    chunks = -(-count // tokens)
+    missing = chunks * tokens - count
+    flat = jnp.pad(hidden.reshape(-1, size), ((0, missing), (0, 0)))
+    padded = jnp.pad(targets.reshape(-1), (0, missing), constant_values=IGNORE)
+    return flat.reshape(chunks, tokens, size), padded.reshape(chunks, tokens)
+
+
+def _losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss of every token, log of the sum of exponentials, whether there is a target)."""
+    counted = targets != IGNORE
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(counted, log_sum - picked, 0.0), log_sum, counted
+
+
+def summed_loss(
+    model: Decoder, batch: dict[str, jax.Array], *, remat: bool = False, packed: bool = True
+) -> jax.Array:
+    """Sum of the loss over the targets of a batch (see docs/architecture.md for its arrays), a float32 scalar.
+
+    ``packed`` says that a row may hold several examples, which must not see each other.
+    """
+    segment_ids = batch["segment_ids"] if packed else None
+    hidden = model.hidden_states(batch["input_ids"], batch["positions"], segment_ids, remat=remat)
+    return _summed(*nnx.split(model), hidden, targets_of(batch["labels"]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(graph: nnx.GraphDef, state: nnx.State, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """Sum of the loss from the last hidden states. The head is frozen: gradients reach ``hidden`` alone."""
+    return _summed_fwd(graph, state, hidden, targets)[0]
+
+
+def _summed_fwd(
+    graph: nnx.GraphDef, state: nnx.State, hidden: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss, and its gradient at ``hidden``, which is at hand while a chunk's logits are."""
+    model = nnx.merge(graph, state)
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = chunk
+        logits, pull = jax.vjp(model.head, hidden)
+        loss, log_sum, counted = _losses(logits, targets)
+        hit = jnp.arange(logits.shape[-1]) == targets[:, None]
+        dlogits = jnp.where(counted[:, None], jnp.exp(logits - log_sum[:, None]) - hit, 0.0)
+        return total + loss.sum(), pull(dlogits)[0]
+
+    total, dhidden = jax.lax.scan(add, jnp.float32(0), _chunks(hidden, targets, model.config.vocab_size))
+    size = hidden.shape[-1]
+    return total, dhidden.reshape(-1, size)[: targets.size].reshape(hidden.shape)
+
+
+def _summed_bwd(graph: nnx.GraphDef, dhidden: jax.Array, g: jax.Array) -> tuple[None, jax.Array, None]:
+    return None, (g * dhidden.astype(jnp.float32)).astype(dhidden.dtype), None
+
+
+_summed.defvjp(_summed_fwd, _summed_bwd)

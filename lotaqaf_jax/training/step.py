@@ -49,7 +49,7 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, accumulate: int = 1, remat: bool = True
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, accumulate: int = 1, remat: bool = True, packed: bool = True
 ) -> Callable[[TrainState, nnx.State, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Build the jitted training step.
 
@@ -62,6 +62,7 @@ def make_train_step(
         optimizer: t-SignSGD, or a chain with it.
         accumulate: number of parts that the batch is cut into along its rows, computed one after the other.
         remat: recompute activations in the backward pass.
+        packed: whether a row may hold several examples, which takes a mask over all pairs of tokens.
 
     Returns:
         (state, frozen, batch) -> (state, metrics). ``state`` is donated. ``batch`` holds arrays (accumulate *
@@ -69,7 +70,7 @@ def make_train_step(
     """
 
     def loss_of(adapters: nnx.State, frozen: nnx.State, part: dict[str, jax.Array]) -> jax.Array:
-        return summed_loss(nnx.merge(graph, adapters, frozen), part, remat=remat)
+        return summed_loss(nnx.merge(graph, adapters, frozen), part, remat=remat, packed=packed)
 
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         # int8 has no gradient: take it at a float copy.
@@ -80,8 +81,11 @@ def make_train_step(
             loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, part)
             return (total[0] + loss, jax.tree.map(jnp.add, total[1], gradients)), None
 
-        nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, floats))
-        (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
+        if accumulate == 1:
+            loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, batch)
+        else:
+            nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, floats))
+            (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
         targets = jnp.maximum((batch["labels"][:, 1:] != IGNORE).sum(), 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.adapters)

@@ -11,7 +11,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from lotaqaf_jax.models import PROJECTIONS, Decoder, QuantSpec, dense_spec
-from lotaqaf_jax.models.decoder import Block, attention_mask
+from lotaqaf_jax.models.decoder import Block, attention_mask, causal
 from lotaqaf_jax.models.rope import apply_rope, rope_angles
 from lotaqaf_jax.quant import QuantizedWeight, pack
 from lotaqaf_jax.quant.gptq import accumulate_hessian, factor_hessian, quantize_layer
@@ -93,7 +93,7 @@ def quantize_decoder(
                 )
                 weight.validate(path)
                 packed[path].append(weight)
-        states = [block(x, rope, mask) for x, rope, mask in zip(states, ropes, masks, strict=True)]
+        states = [block(x, rope, causal(mask))[0] for x, rope, mask in zip(states, ropes, masks, strict=True)]
     return _assemble(model, packed, quant)
 
 

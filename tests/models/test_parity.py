@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from lotaqaf_jax.models import Decoder, load_pretrained
-from lotaqaf_jax.models.decoder import Block
+from lotaqaf_jax.models.decoder import Block, causal
 from lotaqaf_jax.models.rope import inverse_frequencies, rope_angles
 
 torch = pytest.importorskip("torch")
@@ -154,10 +154,10 @@ def test_part_by_part(pair: tuple[Any, Decoder, Path]) -> None:
     rope = rope_angles(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), ours.config)
     parts: dict[str, Callable[[jax.Array], jax.Array]] = {
         "input_layernorm": layer.input_layernorm,
-        "self_attn": lambda x: layer.self_attn(x, rope, None),
+        "self_attn": lambda x: layer.self_attn(x, rope, causal())[0],
         "post_attention_layernorm": layer.post_attention_layernorm,
         "mlp": layer.mlp,
-        "block": lambda x: layer(x, rope, None),
+        "block": lambda x: layer(x, rope, causal())[0],
         "norm": ours.norm,
     }
     assert set(seen) == set(parts)

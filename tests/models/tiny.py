@@ -34,16 +34,22 @@ def quantized_decoder(
 ) -> Decoder:
     """A decoder whose projections are random integers, and everything else random floats."""
     quant = quant or QuantSpec(4, 16)
-    rng = np.random.default_rng(seed)
     model = Decoder(config, dense_spec(config, jnp.float16, quant), dtype)
+    fill_decoder(model, quant, seed)
+    return model
+
+
+def fill_decoder(model: Decoder, quant: QuantSpec, seed: int = 0) -> None:
+    """Give packed projections random integers, and everything else random floats."""
+    rng = np.random.default_rng(seed)
     for names, linear in linears(model):
-        fill(linear, quant, rng, len(names))
+        if linear.is_quantized:
+            fill(linear, quant, rng, len(names))
     for path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Param):
             array = variable.get_value()
             mean = 1.0 if "norm" in str(path[-2]) else 0.0
             variable.set_value(jnp.asarray(rng.normal(mean, 0.3, array.shape), array.dtype))
-    return model
 
 
 def fill(linear: Linear, quant: QuantSpec, rng: np.random.Generator, layers: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-__all__ = ["AdjustBlocks", "adjust_blocks", "period_of"]
+__all__ = ["AdjustBlocks", "can_pack", "merge_blocks", "period_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +24,29 @@ def period_of(bits: int) -> tuple[int, int]:
     return values, values * bits // 32
 
 
-_TABLE = {
-    2: AdjustBlocks(16, 128, 4),
+_PLAIN = {
+    2: AdjustBlocks(16, 64, 4),
     3: AdjustBlocks(16, 64, 4),
-    4: AdjustBlocks(16, 128, 4),
+    4: AdjustBlocks(16, 64, 2),
     8: AdjustBlocks(32, 64, 4),
 }
+_PACKED = AdjustBlocks(64, 32, 4)
+MOST_PERIODS = 64
 
 
-def adjust_blocks(bits: int, group_size: int) -> AdjustBlocks | None:
-    """The tile for a width and group size, or None where groups do not fill tiles.
+def can_pack(bits: int, rank: int) -> bool:
+    """Whether the sums over a period are exact in float16, and no value straddles two words."""
+    return bits != 3 and period_of(bits)[0] * rank <= 2048
+
+
+def merge_blocks(bits: int, group_size: int, *, packed: bool) -> AdjustBlocks | None:
+    """The tile of the merge for a width and group size, or None where groups do not fill tiles.
 
     Tiles hold whole groups, and groups whole periods, in powers of two, as Triton's shapes are.
     """
     values, _ = period_of(bits)
     periods, rest = divmod(group_size, values)
-    if group_size <= 0 or rest or periods & (periods - 1) or periods > 64:
+    if group_size <= 0 or rest or periods & (periods - 1) or periods > MOST_PERIODS:
         return None
-    blocks = _TABLE[bits]
+    blocks = _PACKED if packed else _PLAIN[bits]
     return dataclasses.replace(blocks, periods=max(blocks.periods, periods))

@@ -1,8 +1,8 @@
 """The adjusted weight on a GPU: which kernel runs, with which arguments. Equations: :mod:`lotaqaf_jax.ternary`.
 
-Where a tile holds whole groups of consecutive rows, one kernel does everything. Groups that no tile holds (one group for
-all rows, odd sizes) and act-order take three: steps, group sums, dequantise; the words with the steps added pass between
-them. Nothing of the size (in, out) is made but the result.
+Two kernels make the adjusted weight: the merge (new words and mu, by tiles of whole groups) and dequantise, which is also
+that of merged weights. Groups that no tile holds (one group for all rows, odd sizes) and act-order take the merge in two
+parts, steps and group sums. Nothing of the size (in, out) is made but the result.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lotaqaf_jax.kernels.adjust.blocks import AdjustBlocks, adjust_blocks, period_of
-from lotaqaf_jax.kernels.launch import launch
+from lotaqaf_jax.kernels.adjust.blocks import can_pack, merge_blocks, period_of
+from lotaqaf_jax.kernels.launch import interpreted, launch
 from lotaqaf_jax.quant.weight import QuantizedWeight, trivial_g_idx
 from lotaqaf_jax.ternary import Offset, inverse_rows, offset_of_sums, short_parts
 
@@ -25,22 +25,92 @@ __all__ = ["adjusted", "dequantized", "merged"]
 def adjusted(
     w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any, dtype: Any
 ) -> jax.Array:
-    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out)."""
-    blocks = None if w.g_idx is not None else adjust_blocks(w.bits, w.group_size)
-    if blocks is None:
-        return dequantized(_merged_by_parts(w, a, b, omega, offset, offset_dtype), dtype)
-    return _one_pass(w, a, b, omega, offset, offset_dtype, dtype, blocks)[0]
+    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out).
+
+    Merged words on the way: a quarter of the result at 4 bit, and adapted and merged weights come from one kernel.
+    """
+    return dequantized(merged(w, a, b, omega, offset, offset_dtype)[0], dtype)
 
 
 def merged(
-    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
-) -> QuantizedWeight:
-    """:func:`lotaqaf_jax.ternary.merge`, the new words in place of the old where their buffer is donated."""
-    blocks = None if w.g_idx is not None else adjust_blocks(w.bits, w.group_size)
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: float,
+    offset: Offset,
+    offset_dtype: Any,
+    *,
+    in_place: bool = False,
+    count: bool = False,
+) -> tuple[QuantizedWeight, jax.Array]:
+    """:func:`lotaqaf_jax.ternary.merge`, and the number of integers that moved in every tile.
+
+    Args:
+        w: the quantised weight.
+        a: (in, rank), float or int8.
+        b: (rank, out), float or int8.
+        omega: threshold.
+        offset: offset rule.
+        offset_dtype: storage type of mu.
+        in_place: put the new words where the old ones are, if nothing else needs them; else XLA copies them first.
+        count: whether to count; without, the second result is a zero.
+    """
+    packed = can_pack(w.bits, a.shape[-1]) and not interpreted()
+    blocks = None if w.g_idx is not None else merge_blocks(w.bits, w.group_size, packed=packed)
     if blocks is None:
         return _merged_by_parts(w, a, b, omega, offset, offset_dtype)
-    _, words, mu, _ = _one_pass(w, a, b, omega, offset, offset_dtype, None, blocks)
-    return dataclasses.replace(w, qweight=words, offset=mu)
+    n_in, n_out = w.shape
+    rank = a.shape[-1]
+    values, words = period_of(w.bits)
+    grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
+    has_offset = offset != "none"
+    parts = short_parts(omega)
+    new_words, mu, moved = launch(
+        _kernels().merge_kernel,
+        w.qweight,
+        a.astype(jnp.float16),
+        b.astype(jnp.float16),
+        inverse_rows(w, omega, offset) if has_offset else jnp.zeros((1, 1), jnp.float32),
+        float(math.floor(omega)),
+        *[*parts, 0.0, 0.0][:3],
+        out=[
+            jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32),
+            jax.ShapeDtypeStruct((w.groups, n_out) if has_offset else (1, 1), offset_dtype),
+            jax.ShapeDtypeStruct(grid[::-1] if count else (1, 1), jnp.int32),
+        ],
+        grid=grid,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        aliases={0: 0} if in_place else None,
+        zeroed=() if count else (2,),
+        **_sizes(w),
+        rank=rank,
+        BITS=w.bits,
+        VALUES=values,
+        WORDS=words,
+        RANK=_padded(rank),
+        GROUP=w.group_size,
+        OFFSET=has_offset,
+        PARTS=len(parts),
+        DROP=23 - min(jnp.finfo(offset_dtype).nmant, 22),
+        FLUSH=jnp.dtype(offset_dtype) == jnp.float16,
+        PACKED=packed,
+        COUNT=count,
+        BLOCK_P=blocks.periods,
+        BLOCK_N=blocks.columns,
+    )
+    return dataclasses.replace(w, qweight=new_words, offset=mu if has_offset else None), moved
+
+
+def _sizes(w: QuantizedWeight, *, groups: bool = True) -> dict[str, int]:
+    """Sizes as constants: what divides them decides how wide loads are, and how values lie in registers."""
+    sizes = {"K": w.shape[0], "N": w.shape[1], "words": w.qweight.shape[0]}
+    return {**sizes, "groups": w.groups} if groups else sizes
+
+
+def _padded(rank: int) -> int:
+    """The rank as tensor cores take it."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
@@ -56,14 +126,11 @@ def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
         w.zeros,
         nothing if w.offset is None else w.offset,
         jnp.zeros((1,), jnp.int32) if w.g_idx is None else w.g_idx,
-        n_in,
-        n_out,
-        w.qweight.shape[0],
-        w.groups,
         out=[jax.ShapeDtypeStruct(w.shape, dtype)],
         grid=(-(-n_out // columns), -(-n_in // (periods * values))),
         num_warps=4,
         num_stages=1,
+        **_sizes(w),
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
@@ -82,92 +149,30 @@ def _rows_of_group(w: QuantizedWeight) -> int:
     return w.shape[0] if w.group_size == -1 else w.group_size
 
 
-def _one_pass(
-    w: QuantizedWeight,
-    a: jax.Array,
-    b: jax.Array,
-    omega: float,
-    offset: Offset,
-    offset_dtype: Any,
-    dtype: Any | None,
-    blocks: AdjustBlocks,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """(weight, merged words, mu, moved integers of every tile): the weight if ``dtype``, words and mu if not."""
-    n_in, n_out = w.shape
-    rank = a.shape[-1]
-    values, words = period_of(w.bits)
-    grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
-    has_offset = offset != "none"
-    parts = [*short_parts(omega), 0.0, 0.0, 0.0][:3]
-    none = (1, 1)
-    merging = dtype is None
-    weight, new_words, mu, moved = launch(
-        _kernels().adjust_kernel,
-        w.qweight,
-        w.scales,
-        w.zeros,
-        a.astype(jnp.float16),
-        b.astype(jnp.float16),
-        inverse_rows(w, omega, offset) if has_offset else jnp.zeros(none, jnp.float32),
-        n_in,
-        n_out,
-        w.qweight.shape[0],
-        w.groups,
-        rank,
-        float(math.floor(omega)),
-        *parts,
-        out=[
-            jax.ShapeDtypeStruct(none if merging else w.shape, jnp.float32 if merging else dtype),
-            jax.ShapeDtypeStruct(w.qweight.shape if merging else none, jnp.int32),
-            jax.ShapeDtypeStruct((w.groups, n_out) if merging and has_offset else none, offset_dtype),
-            jax.ShapeDtypeStruct(grid[::-1], jnp.int32),
-        ],
-        grid=grid,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        aliases={0: 1} if merging else None,
-        BITS=w.bits,
-        VALUES=values,
-        WORDS=words,
-        RANK=max(16, 1 << (rank - 1).bit_length()),
-        GROUP=w.group_size,
-        OFFSET=has_offset,
-        DROP=23 - min(jnp.finfo(offset_dtype).nmant, 22),
-        FLUSH=jnp.dtype(offset_dtype) == jnp.float16,
-        WEIGHT=not merging,
-        MERGED=merging,
-        BLOCK_P=blocks.periods,
-        BLOCK_N=blocks.columns,
-    )
-    return weight, new_words, mu if merging and has_offset else None, moved
-
-
 def _merged_by_parts(
     w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
-) -> QuantizedWeight:
+) -> tuple[QuantizedWeight, jax.Array]:
     n_in, n_out = w.shape
     rank = a.shape[-1]
     values, words = period_of(w.bits)
     periods, columns = 16, 128 if w.bits != 3 else 64
     grid = (-(-n_out // columns), -(-n_in // (periods * values)))
-    new_words, _ = launch(
+    new_words, moved = launch(
         _kernels().step_kernel,
         w.qweight,
         a.astype(jnp.float16),
         b.astype(jnp.float16),
-        n_in,
-        n_out,
-        w.qweight.shape[0],
-        rank,
         float(math.floor(omega)),
         out=[jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32), jax.ShapeDtypeStruct(grid[::-1], jnp.int32)],
         grid=grid,
         num_warps=4,
         num_stages=1,
+        **_sizes(w, groups=False),
+        rank=rank,
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
-        RANK=max(16, 1 << (rank - 1).bit_length()),
+        RANK=_padded(rank),
         BLOCK_P=periods,
         BLOCK_N=columns,
     )
@@ -177,7 +182,7 @@ def _merged_by_parts(
         sum_a = w.group_sum(a.astype(jnp.float32))
         sum_d = jnp.matmul(sum_a, b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         mu = offset_of_sums(w, sum_d, _group_steps(w, new_words), omega, offset, offset_dtype)
-    return dataclasses.replace(w, qweight=new_words, offset=mu)
+    return dataclasses.replace(w, qweight=new_words, offset=mu), moved
 
 
 def _group_steps(w: QuantizedWeight, new_words: jax.Array) -> jax.Array:
@@ -192,12 +197,12 @@ def _group_steps(w: QuantizedWeight, new_words: jax.Array) -> jax.Array:
         new_words,
         order,
         start,
-        w.shape[1],
-        w.qweight.shape[0],
         out=[jax.ShapeDtypeStruct((w.groups, w.shape[1]), jnp.float32)],
         grid=(-(-w.shape[1] // columns), w.groups),
         num_warps=4,
         num_stages=3,
+        N=w.shape[1],
+        words=w.qweight.shape[0],
         BITS=w.bits,
         BLOCK_N=columns,
     )

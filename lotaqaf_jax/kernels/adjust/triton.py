@@ -1,4 +1,4 @@
-"""Triton kernels of the adjusted weight: unpack, A @ B on tensor cores, step, offset and dequantise in one pass.
+"""Triton kernels of the adjusted weight: unpack, A @ B on tensor cores, step and offset; and dequantise.
 
 A tile holds ``BLOCK_P`` periods of the bitstream (see :mod:`lotaqaf_jax.quant.packing`; a period is 8 values in one word
 at 4 bit, 32 values in three words at 3 bit) by ``BLOCK_N`` columns. Value j of every period is taken at once: row j,
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["adjust_kernel", "dequantize_kernel", "group_steps_kernel", "step_kernel"]
+__all__ = ["dequantize_kernel", "group_steps_kernel", "merge_kernel", "step_kernel"]
 
 
 @triton.jit
@@ -92,7 +92,10 @@ def _take_steps(
     w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit,
     BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Words with the steps added, and the sums of D, T and |T| over the values of a period, (BLOCK_P, BLOCK_N)."""
+    """Words with the steps added, and the sums of D, T and |T| over the values of a period, (BLOCK_P, BLOCK_N).
+
+    The plain way, for every width: float32 and int32, one value of one column at a time.
+    """
     r = tl.arange(0, RANK)
     b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=(r < rank)[:, None] & mask_n[None, :], other=0.0)
     sum_d = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
@@ -142,57 +145,180 @@ def _dequantize(q, z, s, mu, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def adjust_kernel(
-    words_ptr, scales_ptr, zeros_ptr, a_ptr, b_ptr, inverse_ptr,
-    K, N, words, groups, rank, limit, part0, part1, part2,
-    weight_ptr, new_words_ptr, offset_ptr, moved_ptr,
+def _columns(x):
+    """Even and odd columns of (rows, columns), (rows, columns/2) each."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _together(even, odd):
+    """The inverse of :func:`_columns`."""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1] * 2))
+
+
+@triton.jit
+def _pack(x):
+    """(rows, columns) float16 -> (rows, columns/2) words of two neighbouring columns."""
+    even, odd = _columns(x)
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _unpack(x):
+    """The inverse of :func:`_pack`."""
+    even, odd = tl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+    )
+    return _together(even, odd)
+
+
+@triton.constexpr_function
+def _step_assembly(shift, bits):
+    """PTX of :func:`_take_step`. $0 x, $1 sum_d, $2 sum_t, $3 moved; the same as inputs $4 to $7; $8 d; $9 limit."""
+    twice = 0x00010001
+    field = (((1 << bits) - 1) << shift) * twice
+    unit = (0x3C00 + (shift << 10)) * twice  # 2**shift, and its negative and inverse, as two float16 in a word
+    negative = unit | 0x8000 * twice
+    inverse = (0x3C00 - (shift << 10)) * twice
+    return f"""{{
+        .reg .b32 u, v, m, k, base, top, one, minus, up, down, part;
+        mov.b32 base, 0x64006400; mov.b32 one, 0x3C003C00; mov.b32 minus, 0xBC00BC00;
+        mov.b32 top, {0x6400 * twice | field}; mov.b32 up, {unit}; mov.b32 down, {negative}; mov.b32 part, {inverse};
+        fma.rn.sat.f16x2 u, $8, one, $9;
+        fma.rn.sat.f16x2 v, $8, minus, $9;
+        lop3.b32 m, $4, {field}, base, 0xEA;
+        fma.rn.f16x2 k, u, up, m;
+        fma.rn.f16x2 k, v, down, k;
+        max.f16x2 k, k, base;
+        min.f16x2 k, k, top;
+        sub.f16x2 m, k, m;
+        lop3.b32 $0, $4, k, {field}, 0xD8;
+        add.f16x2 $1, $5, $8;
+        fma.rn.f16x2 $2, m, part, $6;
+        abs.f16x2 m, m;
+        fma.rn.f16x2 $3, m, part, $7;
+    }}"""
+
+
+@triton.jit
+def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Add the steps of one value of every period, two columns in one instruction.
+
+    Every operand holds two neighbouring columns in a word: ``x`` a byte of both, of which the BITS from SHIFT on are
+    the value q; the others a float16 of each. As a float16, 1024 + 2**SHIFT * q has q's bits where the byte has them:
+
+        u = sat(D - limit),  v = sat(-D - limit)         1 where D > limit, where D < -limit; sat clips to [0, 1]
+        k = clip(m + 2**SHIFT * (u - v), 1024, 1024 + 2**SHIFT * (2**BITS - 1)),   m = 1024 + 2**SHIFT * q
+
+    so that T = (k - m) / 2**SHIFT with the boundary rule, and the bits of k are those of the moved value.
+    ``limit`` holds -floor(omega). Every number is an integer of at most 2048, exact in float16.
+    """
+    asm: tl.constexpr = _step_assembly(SHIFT, BITS)
+    return tl.inline_asm_elementwise(
+        asm, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _take_steps_packed(
+    w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit,
+    BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_take_steps` for values that lie in one word each, in float16 pairs; VALUES * rank is at most 2048."""
+    r = tl.arange(0, RANK)
+    b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=(r < rank)[:, None] & mask_n[None, :], other=0.0)
+    even, odd = _columns(w0)
+    # Byte 0, 1, 2 and 3 of the words of both columns.
+    first = (even & 0xFFFF) | (odd << 16)
+    second = (even >> 16) | (odd & 0xFFFF0000)
+    x0, x1 = first & 0x00FF00FF, (first >> 8) & 0x00FF00FF
+    x2, x3 = second & 0x00FF00FF, (second >> 8) & 0x00FF00FF
+    sum_d = tl.zeros((BLOCK_P, BLOCK_N // 2), tl.uint32)
+    sum_t, moved = sum_d, sum_d
+    limits = _pack(tl.zeros((BLOCK_P, BLOCK_N), tl.float16) - limit.to(tl.float16))
+    for j in tl.static_range(VALUES):
+        row = period * VALUES + j
+        a = tl.load(a_ptr + row[:, None] * rank + r[None, :], mask=(row < K)[:, None] & (r < rank)[None, :], other=0.0)
+        d = _pack(tl.dot(a, b, out_dtype=tl.float16))
+        if j * BITS // 8 == 0:
+            x0, sum_d, sum_t, moved = _take_step(x0, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+        elif j * BITS // 8 == 1:
+            x1, sum_d, sum_t, moved = _take_step(x1, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+        elif j * BITS // 8 == 2:
+            x2, sum_d, sum_t, moved = _take_step(x2, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+        else:
+            x3, sum_d, sum_t, moved = _take_step(x3, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+    first = x0 | (x1 << 8)
+    second = x2 | (x3 << 8)
+    words = _together((first & 0xFFFF) | (second << 16), (first >> 16) | (second & 0xFFFF0000))
+    return words, _unpack(sum_d), _unpack(sum_t), _unpack(moved)
+
+
+@triton.jit
+def merge_kernel(
+    words_ptr, a_ptr, b_ptr, inverse_ptr,
+    limit, part0, part1, part2,
+    new_words_ptr, offset_ptr, moved_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
-    OFFSET: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr, WEIGHT: tl.constexpr, MERGED: tl.constexpr,
+    OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr, PACKED: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of whole groups of GROUP consecutive rows: the adjusted weight, or merged words and offset."""
+    """Merged words and offset of one tile, which holds whole groups of GROUP consecutive rows."""
     tile = tl.program_id(1)
     period = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < N
+    PERIODS: tl.constexpr = GROUP // VALUES
+    GROUPS: tl.constexpr = BLOCK_P // PERIODS
     w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
-    w0, w1, w2, sum_d, sum_t, moved = _take_steps(
-        w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
-    )
-    tl.store(moved_ptr + tile * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(moved, axis=1), axis=0))
-    GROUPS: tl.constexpr = BLOCK_P * VALUES // GROUP
-    mu_rows = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if PACKED:
+        n0, sum_d, sum_t, moved = _take_steps_packed(
+            w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
+        )
+        n1, n2 = n0, n0
+    else:
+        n0, n1, n2, sum_d, sum_t, moved = _take_steps(
+            w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
+        )
+    _store_words(new_words_ptr, n0, n1, n2, period, n, mask_n, words, N, WORDS)
+    if COUNT:
+        count = tl.sum(tl.sum(moved.to(tl.float32), axis=1), axis=0).to(tl.int32)
+        tl.store(moved_ptr + tile * tl.num_programs(0) + tl.program_id(0), count)
     if OFFSET:
-        group = tile * GROUPS + tl.arange(0, GROUPS)
-        taken = _by_group(sum_t, GROUPS, BLOCK_P, BLOCK_N).to(tl.float32)
-        total = _by_group(sum_d, GROUPS, BLOCK_P, BLOCK_N) - part0 * taken - part1 * taken - part2 * taken
-        inverse = tl.load(inverse_ptr + group, mask=group < groups, other=0.0)
+        if PACKED:
+            # Sums over groups as products with ones: every row of a group gets its group's sum.
+            group_of = tl.arange(0, BLOCK_P) // PERIODS
+            ones = (group_of[:, None] == group_of[None, :]).to(tl.float16)
+            total = tl.dot(ones, sum_d)
+            taken = tl.dot(ones, sum_t)
+            group = tile * GROUPS + group_of
+            first = (tl.arange(0, BLOCK_P) % PERIODS == 0) & (group < groups)
+        else:
+            total = _by_group(sum_d, GROUPS, BLOCK_P, BLOCK_N)
+            taken = _by_group(sum_t, GROUPS, BLOCK_P, BLOCK_N)
+            group = tile * GROUPS + tl.arange(0, GROUPS)
+            first = group < groups
+        total -= part0 * taken
+        if PARTS > 1:
+            total -= part1 * taken
+        if PARTS > 2:
+            total -= part2 * taken
+        inverse = tl.load(inverse_ptr + group, mask=first, other=0.0)
         mu = _round(total * inverse[:, None], DROP, FLUSH)
-        if MERGED:
-            at = offset_ptr + group[:, None] * N + n[None, :]
-            tl.store(at, mu.to(offset_ptr.dtype.element_ty), mask=(group < groups)[:, None] & mask_n[None, :])
-        spread = tl.broadcast_to(mu[:, None, :], (GROUPS, BLOCK_P // GROUPS, BLOCK_N))
-        mu_rows = tl.reshape(spread, (BLOCK_P, BLOCK_N))
-    if MERGED:
-        _store_words(new_words_ptr, w0, w1, w2, period, n, mask_n, words, N, WORDS)
-    if WEIGHT:
-        group = period * VALUES // GROUP
-        mask = (group < groups)[:, None] & mask_n[None, :]
-        at = group[:, None] * N + n[None, :]
-        s = tl.load(scales_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32)
-        for j in tl.static_range(VALUES):
-            row = period * VALUES + j
-            value = _dequantize(_read(w0, w1, w2, j, BITS), z, s, mu_rows, OFFSET)
-            at = weight_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
-            tl.store(at, value.to(weight_ptr.dtype.element_ty), mask=(row < K)[:, None] & mask_n[None, :])
+        at = offset_ptr + group[:, None] * N + n[None, :]
+        tl.store(at, mu.to(offset_ptr.dtype.element_ty), mask=first[:, None] & mask_n[None, :])
 
 
 @triton.jit
 def step_kernel(
     words_ptr, a_ptr, b_ptr,
-    K, N, words, rank, limit,
+    limit,
     new_words_ptr, moved_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -211,9 +337,8 @@ def step_kernel(
 @triton.jit
 def group_steps_kernel(
     old_ptr, new_ptr, order_ptr, start_ptr,
-    N, words,
     taken_ptr,
-    BITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, words: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sum of T over the rows of one group, from the words before and after; ``order`` lists the rows by group."""
     group = tl.program_id(1)
@@ -243,8 +368,8 @@ def group_steps_kernel(
 @triton.jit
 def dequantize_kernel(
     words_ptr, scales_ptr, zeros_ptr, offset_ptr, group_ptr,
-    K, N, words, groups,
     weight_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -1,0 +1,62 @@
+"""Models of real shapes with random packed weights, for measuring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, dense_spec
+from lotaqaf_jax.models.layers import Linear
+from lotaqaf_jax.quant import QuantizedWeight
+
+
+def random_decoder(
+    config: DecoderConfig, quant: QuantSpec | None, *, dtype: Any = jnp.bfloat16, stored: Any = jnp.float16
+) -> Decoder:
+    """A decoder with random words, zero points around the middle, and scales that give weights of deviation 0.02.
+
+    Args:
+        config: the decoder.
+        quant: how the projections are quantised; None for dense ones.
+        dtype: type of activations.
+        stored: type of scales and dense weights.
+    """
+    model = nnx.eval_shape(lambda: Decoder(config, dense_spec(config, stored, quant), dtype))
+    key = jax.random.key(0)
+    for _, module in nnx.iter_modules(model):
+        key, draw = jax.random.split(key)
+        if isinstance(module, Linear):
+            if quant is not None and module.is_quantized:
+                module.weight.set_value(_random_words(draw, module.packed))
+            else:
+                module.weight.set_value(_normal(draw, module.weight.get_value()))
+            if module.bias is not None:
+                module.bias.set_value(_normal(draw, module.bias.get_value()))
+        elif hasattr(module, "eps"):
+            module.weight.set_value(jnp.ones(module.weight.get_value().shape, stored))
+        elif hasattr(module, "attend"):
+            module.weight.set_value(_normal(draw, module.weight.get_value()))
+    return model
+
+
+def _normal(key: jax.Array, like: Any) -> jax.Array:
+    return jax.jit(lambda key: (0.02 * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype))(key)
+
+
+def _random_words(key: jax.Array, w: QuantizedWeight) -> QuantizedWeight:
+    top = 2**w.bits - 1
+
+    @jax.jit
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        first, second, third = jax.random.split(key, 3)
+        words = jax.lax.bitcast_convert_type(jax.random.bits(first, w.qweight.shape, jnp.uint32), jnp.int32)
+        spread = 0.02 * (12.0 / ((top + 1) ** 2 - 1)) ** 0.5  # Uniform integers then have the deviation 0.02.
+        scales = spread * jax.random.uniform(second, w.scales.shape, minval=0.5, maxval=1.5)
+        zeros = jax.random.randint(third, w.zeros.shape, top // 2, top // 2 + 2)
+        return words, scales.astype(w.scales.dtype), zeros.astype(jnp.uint8)
+
+    words, scales, zeros = draw(key)
+    return QuantizedWeight(words, scales, zeros, None, None, w.bits, w.group_size, w.shape, w.checkpoint_format)
