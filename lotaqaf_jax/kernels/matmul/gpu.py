@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
-from lotaqaf_jax.kernels.launch import launch
+from lotaqaf_jax.kernels.launch import interpreted, launch
 from lotaqaf_jax.kernels.matmul import matmul as plain
 from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, matmul_blocks, period_of
 from lotaqaf_jax.quant.packing import packed_size
@@ -42,10 +42,9 @@ def fused(
     depth = 4 * values
     span = depth * blocks.steps * blocks.warps * blocks.split
     rounds = -(-n_in // span)
-    kernel = _kernels().matmul_kernel
     split = blocks.split > 1
     (y,) = launch(
-        kernel,
+        _kernels().matmul_kernel,
         x,
         w.qweight,
         w.scales,
@@ -54,10 +53,6 @@ def fused(
         w.scales if bias is None or split else bias,
         jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
         rows,
-        n_in,
-        n_out,
-        packed_size(n_in, w.bits),
-        w.groups,
         out=[
             jax.ShapeDtypeStruct((blocks.split, rows, n_out), jnp.float32)
             if split
@@ -67,6 +62,11 @@ def fused(
         num_warps=blocks.warps,
         num_stages=1,
         fuse=True,
+        # Sizes as constants: what divides them decides how wide loads are, and so how values lie in registers.
+        K=n_in,
+        N=n_out,
+        words=packed_size(n_in, w.bits),
+        groups=w.groups,
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
@@ -76,7 +76,7 @@ def fused(
         BIAS=bias is not None and not split,
         LAYER=layer is not None,
         BF16=x.dtype != jnp.float16,
-        INTERPRET=type(kernel).__name__ == "InterpretedFunction",
+        INTERPRET=interpreted(),
         ROWS=blocks.rows,
         TILES=blocks.tiles,
         WARPS=blocks.warps,

@@ -327,8 +327,9 @@ def _right(
 @triton.jit
 def matmul_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, offset_ptr, bias_ptr, layer_ptr,
-    rows, K, N, words, groups,
+    rows,
     y_ptr,
+    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     OFFSET: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
