@@ -1,0 +1,283 @@
+"""The packed matmul against its peers: y = x @ W for the few rows of a decoding step, on one NVIDIA card.
+
+    python benchmarks/matmul.py [--bits 4] [--rows 1 8 16 32 64 128] [--shapes 5120x13824 ...] [--json matmul.json]
+
+Claim: decoding reads the packed words about once. Columns of the table, microseconds a call:
+
+* packed: :func:`lotaqaf_jax.kernels.matmul.packed_matmul` on a stack of layers, which it reads in place;
+* merged: the same with an offset; float32: with a float32 x (only with --more);
+* dequant: the path that makes W with a kernel and multiplies with cuBLAS;
+* tinygemm: torch's ``_weight_int4pack_mm`` (4 bit, groups of 32, 64 or 128); cublas: x @ W in bfloat16;
+* bytes: what reading words, scales and zeros once takes at the bandwidth of a device copy.
+
+Every case is first compared with float64 on 128 columns; ``error`` is ||y - truth|| / ||truth||, and a bfloat16 output
+alone makes 1.7e-3 of it. Weights are random, never zeros, and calls go round more copies of them than the L2 cache
+holds. Our calls are written out in one compiled program, the peers' in one CUDA graph, so no launch from Python is
+timed; the median of several runs counts. Needs a CUDA build of JAX, Triton and jax-triton; the peers need torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lotaqaf_jax.kernels.adjust.gpu import dequantized
+from lotaqaf_jax.kernels.matmul import packed_matmul
+from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant.packing import packed_size
+from lotaqaf_jax.quant.weight import group_count
+
+SHAPES = {
+    "Qwen2.5-14B": ((5120, 13824), (13824, 5120), (5120, 5120), (5120, 1024)),
+    "Llama-3.1-8B": ((4096, 14336), (14336, 4096), (4096, 4096), (4096, 1024)),
+    "Llama-3.1-70B": ((8192, 28672), (28672, 8192)),
+}
+CACHE = 60e6  # bytes of L2; the copies of a weight together take four times as much
+COPY = 4.3e12  # bytes/s of a device copy on an H200, read and written
+CALLS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What is measured: a shape (in, out), its quantisation and the number of rows."""
+
+    n_in: int
+    n_out: int
+    bits: int
+    group_size: int
+    rows: int
+
+    @property
+    def groups(self) -> int:
+        """Number of groups along the inputs."""
+        return group_count(self.n_in, self.group_size)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of words, float16 scales and zeros."""
+        return 4 * packed_size(self.n_in, self.bits) * self.n_out + 3 * self.groups * self.n_out
+
+    def copies(self, size: float) -> int:
+        """How many copies of ``size`` bytes the cache does not hold."""
+        return max(4, int(4 * CACHE / size) + 1)
+
+
+def random_stack(layer: Layer, offset: bool, seed: int = 0) -> QuantizedWeight:
+    """A stack of random weights, large enough that the cache does not hold it."""
+    count = layer.copies(layer.packed_bytes)
+    keys = jax.random.split(jax.random.key(seed), 4)
+    grid = (count, layer.groups, layer.n_out)
+    words = jax.random.bits(keys[0], (count, packed_size(layer.n_in, layer.bits), layer.n_out), jnp.uint32)
+    return QuantizedWeight(
+        qweight=jax.lax.bitcast_convert_type(words, jnp.int32),
+        scales=jax.random.uniform(keys[1], grid, jnp.float32, 0.002, 0.012).astype(jnp.float16),
+        zeros=jax.random.randint(keys[2], grid, 0, 2**layer.bits).astype(jnp.uint8),
+        g_idx=None,
+        offset=jax.random.uniform(keys[3], grid, jnp.float32, -0.5, 0.5).astype(jnp.float16) if offset else None,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        shape=(layer.n_in, layer.n_out),
+    )
+
+
+def random_x(layer: Layer, dtype: Any) -> jax.Array:
+    """x (rows, in)."""
+    return jax.random.normal(jax.random.key(7), (layer.rows, layer.n_in), jnp.float32).astype(dtype)
+
+
+def relative_error(y: jax.Array, x: jax.Array, w: QuantizedWeight, index: int) -> float:
+    """||y - truth|| / ||truth|| over 128 columns, the truth in float64."""
+    columns = np.unique(np.linspace(0, w.shape[1] - 1, 128).astype(int))
+    words = np.asarray(w.qweight[index][:, columns]).view(np.uint32).astype(np.uint64)
+    bit = np.arange(w.shape[0], dtype=np.int64) * w.bits
+    stream = np.concatenate([words, np.zeros((1, len(columns)), np.uint64)])
+    pairs = stream[bit // 32] | stream[bit // 32 + 1] << np.uint64(32)
+    q = (pairs >> (bit % 32).astype(np.uint64)[:, None]) & np.uint64(2**w.bits - 1)
+    group = np.arange(w.shape[0]) // (w.shape[0] if w.group_size == -1 else w.group_size)
+
+    def spread(per_group: jax.Array) -> np.ndarray:
+        return np.asarray(per_group[index][:, columns], np.float64)[group]
+
+    steps = q.astype(np.float64) - spread(w.zeros) + (0 if w.offset is None else spread(w.offset))
+    truth = np.asarray(x, np.float64) @ (spread(w.scales) * steps)
+    return float(np.linalg.norm(np.asarray(y, np.float64)[:, columns] - truth) / np.linalg.norm(truth))
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 9) -> float:
+    """Median seconds of ``run``, which ends when the device has."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+Product = Callable[[jax.Array, QuantizedWeight, jax.Array], jax.Array]
+
+
+def ours(product: Product, layer: Layer, dtype: Any = jnp.bfloat16, offset: bool = False, calls: int = CALLS) -> Any:
+    """(microseconds a call, relative error) of ``product(x, stack, layer index)``."""
+    w, x = random_stack(layer, offset), random_x(layer, dtype)
+    count = w.qweight.shape[0]
+    many = jax.jit(lambda x, w: [product(x, w, jnp.full((1,), i % count, jnp.int32)) for i in range(calls)])
+    # A second, shorter program takes the time of a launch and of waiting off.
+    few = jax.jit(lambda x, w: [product(x, w, jnp.full((1,), i % count, jnp.int32)) for i in range(calls // 4)])
+    error = relative_error(jax.block_until_ready(few(x, w))[1], x, w, 1)
+    long, short = (seconds_of(lambda f=f: jax.block_until_ready(f(x, w))) for f in (many, few))
+    return (long - short) / (calls - calls // 4) * 1e6, error
+
+
+def packed(x: jax.Array, w: QuantizedWeight, index: jax.Array) -> jax.Array:
+    """The kernel, as chosen by itself."""
+    return packed_matmul(x, w, layer=index, implementation="triton")
+
+
+def through_w(x: jax.Array, w: QuantizedWeight, index: jax.Array) -> jax.Array:
+    """W by a kernel, then cuBLAS; the slice of the stack is part of it."""
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index[0], keepdims=False), w)
+    return x @ dequantized(one, x.dtype)
+
+
+def torch_graph(call: Callable[[int], Any], copies: int, calls: int = 40) -> float:
+    """Microseconds of ``call(copy)``, from CUDA events around replays of a graph of ``calls`` calls."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(0)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(calls):
+                call(i % copies)
+        graph.replay()
+        times = []
+        for _ in range(9):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(start.elapsed_time(end) / calls * 1e3)
+    return statistics.median(times)
+
+
+def cublas(layer: Layer) -> float:
+    """x @ W in bfloat16 through torch."""
+    import torch
+
+    count = layer.copies(2 * layer.n_in * layer.n_out)
+    w = torch.randn((count, layer.n_in, layer.n_out), device="cuda", dtype=torch.bfloat16)
+    x = torch.randn((layer.rows, layer.n_in), device="cuda", dtype=torch.bfloat16)
+    return torch_graph(lambda i: x @ w[i], count)
+
+
+def tinygemm(layer: Layer) -> float | None:
+    """torch's 4 bit kernel, zero points as floats; None where it has none for the layer."""
+    import torch
+
+    if layer.bits != 4 or layer.group_size not in (32, 64, 128) or layer.n_in % 1024:
+        return None
+    count = layer.copies(layer.packed_bytes)
+    bytes_ = torch.randint(0, 256, (layer.n_out, layer.n_in // 2), device="cuda", dtype=torch.uint8)
+    w = [torch.ops.aten._convert_weight_to_int4pack(bytes_.roll(i, 0), 8) for i in range(count)]
+    grid = (count, layer.groups, layer.n_out, 2)
+    s = torch.rand(grid, device="cuda", dtype=torch.bfloat16) * 0.01 + 0.002
+    x = torch.randn((layer.rows, layer.n_in), device="cuda", dtype=torch.bfloat16)
+    return torch_graph(lambda i: torch.ops.aten._weight_int4pack_mm(x, w[i], layer.group_size, s[i]), count)
+
+
+def measure(layer: Layer, more: bool, peers: bool) -> dict[str, Any]:
+    """One line of the table."""
+    line: dict[str, Any] = dataclasses.asdict(layer) | {"bytes": layer.packed_bytes / COPY * 1e6}
+    line["packed"], line["error"] = ours(packed, layer)
+    if more:
+        line["merged"], line["merged_error"] = ours(packed, layer, offset=True)
+        line["float32"], line["float32_error"] = ours(packed, layer, dtype=jnp.float32)
+        line["dequant"], line["dequant_error"] = ours(through_w, layer, calls=40)
+    if peers:
+        line["tinygemm"], line["cublas"] = tinygemm(layer), cublas(layer)
+    return line
+
+
+def environment() -> dict[str, str]:
+    """Versions and card."""
+    device = jax.local_devices()[0]
+    names = ("jax", "jaxlib", "triton", "jax-triton", "torch", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "none"
+    return {"card": device.device_kind, "capability": str(getattr(device, "compute_capability", "")), **versions}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as a table."""
+    times = ("packed", "merged", "float32", "dequant", "tinygemm", "cublas", "bytes")
+    rows = [("in x out", "bits", "group", "rows", *times, "error")]
+    for line in lines:
+        found = [line.get(name) for name in times]
+        rows.append(
+            (
+                f"{line['n_in']}x{line['n_out']}",
+                *(str(line[name]) for name in ("bits", "group_size", "rows")),
+                *("" if value is None else f"{value:.1f}" for value in found),
+                f"{line['error']:.1e}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    every = [f"{n_in}x{n_out}" for shapes in SHAPES.values() for n_in, n_out in shapes]
+    parser.add_argument("--shapes", nargs="+", default=every, help="in x out, like 5120x13824")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4])
+    parser.add_argument("--groups", nargs="+", type=int, default=[64])
+    parser.add_argument("--more", action="store_true", help="also with an offset, float32, and through W")
+    parser.add_argument("--no-peers", action="store_true", help="without torch")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    found = environment()
+    print(found)
+    lines = []
+    for shape in options.shapes:
+        n_in, n_out = (int(part) for part in shape.split("x"))
+        for bits in options.bits:
+            for group in options.groups:
+                for rows in options.rows:
+                    layer = Layer(n_in, n_out, bits, group, rows)
+                    lines.append(measure(layer, options.more, not options.no_peers))
+                    print(table(lines[-1:]).splitlines()[1], flush=True)
+    print(table(lines))
+    if options.json:
+        text = json.dumps({"environment": found, "calls": CALLS, "lines": lines}, indent=1)
+        beside = options.json.with_suffix(".part")
+        beside.write_text(text)
+        beside.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()

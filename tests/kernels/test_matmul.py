@@ -1,0 +1,174 @@
+"""The packed matmul: every implementation gives the products of float64, for every layout a checkpoint can have."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.kernels.matmul import packed_matmul
+from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, bucket_of, matmul_blocks
+from lotaqaf_jax.quant import QuantizedWeight
+from tests.kernels.implementations import IMPLEMENTATIONS
+from tests.weights import Grid, quantized, random_numbers
+
+product = jax.jit(packed_matmul, static_argnames="implementation")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A weight, its float64 twin (in, out), and a bias."""
+
+    w: QuantizedWeight
+    matrix: np.ndarray
+    bias: jax.Array
+
+    @classmethod
+    def random(cls, seed: int, grid: Grid, offset: Any = None, scales: Any = jnp.float16) -> Case:
+        rng = np.random.default_rng(seed)
+        numbers = random_numbers(rng, grid)
+        w = quantized(numbers, grid)
+        w = dataclasses.replace(w, scales=w.scales.astype(scales))
+        if offset is not None:
+            mu = rng.uniform(-0.5, 0.5, (grid.groups, grid.n_out))
+            w = dataclasses.replace(w, offset=jnp.asarray(mu, offset))
+        steps = numbers["integers"] - numbers["zeros"][numbers["g_idx"]].astype(np.float64)
+        if w.offset is not None:
+            steps += np.asarray(w.offset, np.float64)[numbers["g_idx"]]
+        matrix = np.asarray(w.scales, np.float64)[numbers["g_idx"]] * steps
+        return cls(w, matrix, jnp.asarray(rng.normal(size=grid.n_out), jnp.float32))
+
+
+def rows_of(seed: int, *shape: int, dtype: Any) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def error(y: jax.Array, truth: np.ndarray) -> float:
+    """Largest deviation, in units of the typical output."""
+    return float(np.abs(np.asarray(y, np.float64) - truth).max() / np.sqrt(np.mean(truth**2)))
+
+
+# Outputs and, with an offset, q - z + mu are rounded to the type of x. Triton's interpreter cuts float32 off to
+# bfloat16 where a card rounds, so bfloat16 is held loosely here and tightly by benchmarks/matmul.py.
+TOLERANCE = {jnp.float32: 3e-6, jnp.float16: 4e-3, jnp.bfloat16: 4e-2}
+
+# (grid, rows, type of x, type of the offset, type of the scales)
+CASES = (
+    (Grid(4, 256, 64, 64), 1, jnp.float32, None, jnp.float16),
+    (Grid(4, 256, 64, 64), 3, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+    (Grid(4, 512, 40, 128), 8, jnp.float16, jnp.float16, jnp.float32),  # a longer round
+    (Grid(4, 200, 41, 32), 9, jnp.float16, None, jnp.float16),  # neither axis is whole; two rows of eight
+    (Grid(4, 300, 33, 96), 2, jnp.float16, jnp.float32, jnp.float16),  # rounds move on by no whole number of groups
+    (Grid(4, 130, 33, -1), 20, jnp.float32, None, jnp.float16),  # one group, last word not full
+    (Grid(2, 200, 41, 32), 2, jnp.float16, None, jnp.float16),  # two groups in a step
+    (Grid(2, 320, 41, 64), 2, jnp.bfloat16, jnp.float16, jnp.float16),
+    (Grid(3, 400, 41, 32), 2, jnp.float16, jnp.float16, jnp.float16),  # four groups in a step
+    (Grid(3, 200, 41, 64), 1, jnp.float32, None, jnp.float16),  # two
+    (Grid(3, 150, 41, 128), 1, jnp.float32, None, jnp.float16),  # one
+    (Grid(8, 400, 41, 64), 5, jnp.float16, jnp.float16, jnp.float16),
+    (Grid(8, 90, 33, 32), 33, jnp.float32, None, jnp.float16),  # 33 rows of 64
+    (Grid(8, 90, 33, -1), 2, jnp.bfloat16, jnp.float32, jnp.float16),
+    # Not in one kernel: act-order, groups that are no periods, float32 with an offset, many rows.
+    (Grid(4, 128, 33, 32, act_order=True), 2, jnp.float32, jnp.float16, jnp.float16),
+    (Grid(4, 100, 33, 20), 2, jnp.float32, None, jnp.float16),
+    (Grid(4, 128, 33, 32), 2, jnp.float32, jnp.float32, jnp.float16),
+    (Grid(4, 128, 33, 32), 129, jnp.float16, None, jnp.float16),
+)
+
+
+@pytest.mark.parametrize(("grid", "rows", "dtype", "offset", "scales"), CASES, ids=lambda value: str(value)[:30])
+def test_the_product_is_that_of_float64(
+    implementation: str, grid: Grid, rows: int, dtype: Any, offset: Any, scales: Any
+) -> None:
+    case = Case.random(rows, grid, offset, scales)
+    x = rows_of(rows, rows, grid.n_in, dtype=dtype)
+    y = product(x, case.w, case.bias, implementation=implementation)
+    assert (y.shape, y.dtype) == ((rows, grid.n_out), dtype)
+    truth = np.asarray(x, np.float64) @ case.matrix + np.asarray(case.bias, np.float64)
+    assert error(y, truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 200, 41, 32), Grid(4, 100, 33, 20)], ids=str)
+def test_a_traced_layer_of_a_stack_is_that_layer(implementation: str, grid: Grid) -> None:
+    cases = [Case.random(seed, grid, jnp.float16) for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(case.w for case in cases))
+    biases = jnp.stack([case.bias for case in cases])
+    x = rows_of(0, 2, grid.n_in, dtype=jnp.float16)
+    for layer, case in enumerate(cases):
+        alone = product(x, case.w, case.bias, implementation=implementation)
+        index = jnp.full((1,) if layer else (), layer, jnp.int32)
+        of_stack = product(x, stack, biases, layer=index, implementation=implementation)
+        np.testing.assert_array_equal(of_stack, alone)
+
+
+def test_a_row_is_the_same_in_any_company_of_its_bucket(implementation: str) -> None:
+    case = Case.random(1, Grid(4, 256, 64, 64))
+    x = rows_of(1, 8, 256, dtype=jnp.float32)
+    together = product(x, case.w, implementation=implementation)
+    truth = np.asarray(x, np.float64) @ case.matrix
+    assert error(together, truth) < TOLERANCE[jnp.float32]
+    other = product(jnp.concatenate([x[3:5], -x[:6]]), case.w, implementation=implementation)
+    np.testing.assert_array_equal(other[:2], together[3:5])
+    if implementation == "triton":
+        np.testing.assert_array_equal(product(x[3:4], case.w, implementation=implementation), together[3:4])
+
+
+BLOCKS = (
+    MatmulBlocks(8, 1, warps=2, tiles=2, rotate=True, ahead=2, x_ahead=2, unroll=3),
+    MatmulBlocks(8, 2, warps=1, x_ahead=1, unroll=2),
+    MatmulBlocks(16, 2, warps=2, split=3),
+)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: f"{blocks.rows}-{blocks.steps}-{blocks.split}")
+@pytest.mark.parametrize("grid", [Grid(4, 1024, 64, 64), Grid(4, 390, 41, 64)], ids=str)
+def test_blocks_change_the_order_of_the_sum_alone(grid: Grid, blocks: MatmulBlocks) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    from lotaqaf_jax.kernels.matmul.gpu import fused
+
+    case = Case.random(1, grid)
+    x = rows_of(1, 11, grid.n_in, dtype=jnp.float32)
+    truth = np.asarray(x, np.float64) @ case.matrix + np.asarray(case.bias, np.float64)
+    assert error(fused(x, case.w, case.bias, None, blocks), truth) < TOLERANCE[jnp.float32]
+
+
+def test_every_supported_layout_of_a_model_has_blocks() -> None:
+    for bits in (2, 3, 4, 8):
+        for group in (32, 64, 128, 5120):
+            for rows in (1, 16, 64, 128):
+                blocks = matmul_blocks(rows, 5120, 13824, bits, group)
+                assert blocks is not None
+                assert blocks.rows >= min(rows, 32)
+                assert blocks.warps in (2, 4, 8, 16)
+    assert matmul_blocks(129, 5120, 13824, 4, 64) is None
+    assert matmul_blocks(1, 5120, 13824, 4, 20) is None
+    assert [bucket_of(rows) for rows in (1, 8, 9, 128, 129)] == [8, 8, 16, 128, None]
+
+
+def test_arguments_that_do_not_fit_are_named() -> None:
+    w = Case.random(1, Grid(4, 64, 16, 32)).w
+    x = jnp.ones((2, 64))
+    stack = jax.tree.map(lambda leaf: leaf[None], w)
+    with pytest.raises(ConfigError, match=r"x has shape \(2, 63\), expected \(rows, 64\)"):
+        packed_matmul(x[:, :63], w)
+    with pytest.raises(ConfigError, match="x is int32"):
+        packed_matmul(x.astype(jnp.int32), w)
+    with pytest.raises(ConfigError, match="layer is None; pass layer with a stack"):
+        packed_matmul(x, stack)
+    with pytest.raises(ConfigError, match="0 axes of layers, and layer is given"):
+        packed_matmul(x, w, layer=0)
+    with pytest.raises(ConfigError, match=r"bias has shape \(3,\), expected \(16,\)"):
+        packed_matmul(x, w, jnp.ones(3))
+    with pytest.raises(ConfigError, match="implementation: found 'cuda'"):
+        packed_matmul(x, w, implementation="cuda")
