@@ -13,12 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, adapter_gradients, adjusted_weight, check_settings, merge
+from lotaqaf_jax.ternary import Offset, adjusted_weight, check_settings, merge, project, step_gradient
 
-__all__ = ["TernaryAdapter", "merge_adapter", "quantized_linear", "weight_matrix"]
+__all__ = [
+    "TernaryAdapter",
+    "keep_products",
+    "merge_adapter",
+    "quantized_linear",
+    "weight_matrix",
+]
+
+
+_PRODUCT = "lotaqaf_product"
+
+keep_products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+"""A policy for ``jax.checkpoint``: keep the outputs of quantised linear layers, recompute the rest."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +41,8 @@ class TernaryAdapter:
 
     ``a`` (in, rank) and ``b`` (rank, out) hold values in {-1, 0, 1}, int8 at rest, float where gradients are taken;
     ``omega``, ``offset`` and ``offset_dtype`` are static, see :mod:`lotaqaf_jax.ternary`. Arrays may carry leading
-    axes that stack layers.
+    axes that stack layers. ``rebuild``, static too, says whether the backward pass builds W' again; to keep it instead
+    saves time where the forward pass is itself computed again just before, as under ``jax.checkpoint``.
     """
 
     a: jax.Array
@@ -36,6 +50,7 @@ class TernaryAdapter:
     omega: float = dataclasses.field(metadata={"static": True})
     offset: Offset = dataclasses.field(metadata={"static": True})
     offset_dtype: Any = dataclasses.field(metadata={"static": True})
+    rebuild: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def rank(self) -> int:
@@ -89,9 +104,7 @@ def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: s
 
         rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
         return gpu.merged(w, adapter.a, adapter.b, *rule, in_place=True)[0]
-    return merge(
-        w, adapter.a, adapter.b, omega=adapter.omega, offset=adapter.offset, offset_dtype=adapter.offset_dtype
-    )
+    return merge(w, adapter.a, adapter.b, omega=adapter.omega, offset=adapter.offset, offset_dtype=adapter.offset_dtype)
 
 
 def quantized_linear(
@@ -127,29 +140,42 @@ def _linear(x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None, im
     return x @ weight_matrix(w, adapter, x.dtype, implementation)
 
 
+_Saved = tuple[jax.Array, QuantizedWeight, TernaryAdapter | None, jax.Array | None]
+
+
 def _linear_fwd(
     x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None, implementation: str
-) -> tuple[jax.Array, tuple[jax.Array, QuantizedWeight, TernaryAdapter | None]]:
-    return _linear(x, w, adapter, implementation), (x, w, adapter)
+) -> tuple[jax.Array, _Saved]:
+    matrix = weight_matrix(w, adapter, x.dtype, implementation)
+    keep = adapter is not None and not adapter.rebuild
+    return checkpoint_name(x @ matrix, _PRODUCT), (x, w, adapter, matrix if keep else None)
 
 
-def _linear_bwd(
-    implementation: str,
-    saved: tuple[jax.Array, QuantizedWeight, TernaryAdapter | None], dy: jax.Array
-) -> tuple[jax.Array, None, TernaryAdapter | None]:
-    x, w, adapter = saved
+def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.Array, None, TernaryAdapter | None]:
+    x, w, adapter, matrix = saved
+    if matrix is None:
+        matrix = weight_matrix(w, adapter, x.dtype, implementation)
     # Contractions rather than transposes, which XLA may write out in full.
-    dx = jax.lax.dot_general(
-        dy, weight_matrix(w, adapter, x.dtype, implementation), (((dy.ndim - 1,), (1,)), ((), ()))
-    )
+    dx = jax.lax.dot_general(dy, matrix, (((dy.ndim - 1,), (1,)), ((), ())))
     if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
         return dx, None, None
     rows = math.prod(x.shape[:-1])
     # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at half
     # the memory.
     dweight = jax.lax.dot_general(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ())))
-    da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
+    rule = {"omega": adapter.omega, "offset": adapter.offset}
+    if implementation == "triton" and (gradient := _gradient_kernel()).fits_tiles(w):
+        dd = gradient.step_gradient(w, dweight, **rule)
+    else:
+        dd = step_gradient(w, dweight, **rule)
+    da, db = project(adapter.a, adapter.b, dd)
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
+
+
+def _gradient_kernel() -> Any:
+    from lotaqaf_jax.kernels.gradient import gpu
+
+    return gpu
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

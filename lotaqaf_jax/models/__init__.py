@@ -9,7 +9,7 @@ from lotaqaf_jax.models.adapters import (
     moved_shares,
 )
 from lotaqaf_jax.models.config import DecoderConfig
-from lotaqaf_jax.models.decoder import Decoder
+from lotaqaf_jax.models.decoder import Decoder, Recompute
 from lotaqaf_jax.models.layers import Linear, PackedWeight, Ternary
 from lotaqaf_jax.models.presets import PRESETS, preset
 from lotaqaf_jax.models.pretrained import init_decoder, load_pretrained
@@ -28,6 +28,7 @@ __all__ = [
     "LinearSpec",
     "PackedWeight",
     "QuantSpec",
+    "Recompute",
     "Ternary",
     "adapted_linears",
     "add_adapters",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lotaqaf_jax.kernels import TernaryAdapter, keep_products
 from lotaqaf_jax.kernels.attention import causal_attention
 from lotaqaf_jax.models.cache import KVCache, cached_attention
 from lotaqaf_jax.models.config import DecoderConfig
@@ -17,7 +19,7 @@ from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, wide_logits
 from lotaqaf_jax.models.rope import apply_rope, rope_angles
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec
 
-__all__ = ["Attend", "Attention", "Block", "Decoder", "Mlp", "attention_mask", "causal"]
+__all__ = ["Attend", "Attention", "Block", "Decoder", "Mlp", "Recompute", "attention_mask", "causal"]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """How queries meet keys and values: (q, k, v), each (batch, length, heads or kv_heads, head_dim), q and k rotated, ->
@@ -43,6 +45,24 @@ def causal(mask: jax.Array | None = None) -> Attend:
         return causal_attention(q, k, v, mask), None
 
     return attend
+
+
+Recompute = Literal["none", "products", "block"]
+
+
+def _recomputing(block: Callable[..., Any], recompute: Recompute) -> Callable[..., Any]:
+    if recompute == "none":
+        return block
+    return jax.checkpoint(block, policy=keep_products if recompute == "products" else None)
+
+
+def _keep_weights(stacked: nnx.State) -> nnx.State:
+    """The state of a block whose weights live from its second forward pass to its backward pass."""
+    return jax.tree.map(
+        lambda leaf: dataclasses.replace(leaf, rebuild=False) if isinstance(leaf, TernaryAdapter) else leaf,
+        stacked,
+        is_leaf=lambda leaf: isinstance(leaf, TernaryAdapter),
+    )
 
 
 class Attention(nnx.Module):
@@ -151,11 +171,13 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         *,
-        remat: bool = False,
+        recompute: Recompute = "none",
     ) -> jax.Array:
         """The last layer's output after its norm, (batch, length, hidden); arguments as :meth:`__call__`.
 
-        ``remat`` recomputes every block in the backward pass rather than keep what it computed.
+        ``recompute`` says what the backward pass computes again rather than keeps: "block" everything inside a block
+        but its input, "products" everything but the outputs of the quantised layers, "none" nothing but the
+        dequantised weights, which are never kept. Without a gradient it changes nothing.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -164,11 +186,13 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(input_ids, self.dtype)
         for segment in self.segments:
             graph, stacked = nnx.split(segment)
+            if recompute == "block":
+                stacked = _keep_weights(stacked)
 
             def block(x: jax.Array, layer: nnx.State, graph: nnx.GraphDef = graph) -> tuple[jax.Array, None]:
                 return nnx.merge(graph, layer)(x, rope, attend)
 
-            x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, stacked)
+            x, _ = jax.lax.scan(_recomputing(block, recompute), x, stacked)
         return self.norm(x)
 
     def empty_cache(self, batch: int, slots: int) -> tuple[KVCache, ...]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lotaqaf_jax.kernels import TernaryAdapter, quantized_linear
+from lotaqaf_jax.kernels.matmul import packed_matmul
 from lotaqaf_jax.models.spec import LinearSpec
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
@@ -26,11 +27,6 @@ def _at(stack: Any, layer: jax.Array | None) -> Any:
     if layer is None:
         return stack
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
-
-
-def _packed_matmul(x: jax.Array, w: QuantizedWeight, *, layer: jax.Array) -> jax.Array:
-    """x @ W of one layer of a stack, (rows, in) -> (rows, out): every quantised product of a decoding step."""
-    return quantized_linear(x, _at(w, layer))
 
 
 class PackedWeight(nnx.Variable):
@@ -106,7 +102,7 @@ class Linear(nnx.Module):
         elif layer is None or self.ternary is not None:
             y = quantized_linear(x, _at(self.packed, layer), _at(self.ternary, layer))
         else:
-            y = _packed_matmul(x.reshape(-1, x.shape[-1]), self.packed, layer=layer).reshape(*x.shape[:-1], -1)
+            y = packed_matmul(x.reshape(-1, x.shape[-1]), self.packed, layer=layer).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(x.dtype)
 
 

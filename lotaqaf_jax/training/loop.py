@@ -89,7 +89,7 @@ def train(
         graph,
         optimizer,
         accumulate=config.accumulation,
-        remat=config.gradient_checkpointing,
+        recompute="block" if config.gradient_checkpointing else "none",
         packed=config.packing,
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.models import Decoder, Recompute
 
 __all__ = ["IGNORE", "TokenScores", "score_tokens", "summed_loss", "targets_of"]
 
@@ -91,14 +91,14 @@ def _losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def summed_loss(
-    model: Decoder, batch: dict[str, jax.Array], *, remat: bool = False, packed: bool = True
+    model: Decoder, batch: dict[str, jax.Array], *, recompute: Recompute = "none", packed: bool = True
 ) -> jax.Array:
     """Sum of the loss over the targets of a batch (see docs/architecture.md for its arrays), a float32 scalar.
 
     ``packed`` says that a row may hold several examples, which must not see each other.
     """
     segment_ids = batch["segment_ids"] if packed else None
-    hidden = model.hidden_states(batch["input_ids"], batch["positions"], segment_ids, remat=remat)
+    hidden = model.hidden_states(batch["input_ids"], batch["positions"], segment_ids, recompute=recompute)
     return _summed(*nnx.split(model), hidden, targets_of(batch["labels"]))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lotaqaf_jax.models import Decoder, Ternary, adapted_linears
+from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
 from lotaqaf_jax.ternary import merge, ternary_step
 from lotaqaf_jax.training.loss import IGNORE, summed_loss
 
@@ -49,7 +49,12 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, accumulate: int = 1, remat: bool = True, packed: bool = True
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    recompute: Recompute = "block",
+    packed: bool = True,
 ) -> Callable[[TrainState, nnx.State, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Build the jitted training step.
 
@@ -61,7 +66,7 @@ def make_train_step(
         graph: structure of the model, of :func:`split_model`.
         optimizer: t-SignSGD, or a chain with it.
         accumulate: number of parts that the batch is cut into along its rows, computed one after the other.
-        remat: recompute activations in the backward pass.
+        recompute: what the backward pass computes again, see :meth:`lotaqaf_jax.models.Decoder.hidden_states`.
         packed: whether a row may hold several examples, which takes a mask over all pairs of tokens.
 
     Returns:
@@ -70,7 +75,7 @@ def make_train_step(
     """
 
     def loss_of(adapters: nnx.State, frozen: nnx.State, part: dict[str, jax.Array]) -> jax.Array:
-        return summed_loss(nnx.merge(graph, adapters, frozen), part, remat=remat, packed=packed)
+        return summed_loss(nnx.merge(graph, adapters, frozen), part, recompute=recompute, packed=packed)
 
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         # int8 has no gradient: take it at a float copy.

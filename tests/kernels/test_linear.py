@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lotaqaf_jax.errors import ConfigError
-from lotaqaf_jax.kernels import TernaryAdapter, quantized_linear, weight_matrix
+from lotaqaf_jax.kernels import (
+    TernaryAdapter,
+    keep_products,
+    quantized_linear,
+    weight_matrix,
+)
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.ternary import adjusted_weight, merge
@@ -167,10 +172,12 @@ def test_the_backward_pass_keeps_no_dequantised_weight() -> None:
     """What the forward pass saves for the backward pass: x, words and adapters, no float matrix of the weight."""
     w, adapter = case(0, Grid(4, 256, 192, 64), 8, 5, "reference", kind=np.float32)
     x = rows(0, 2, 256)
-    _, pull = jax.vjp(lambda x, adapter: quantized_linear(x, w, adapter), x, adapter)
-    saved = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "shape")]
-    assert saved, "nothing was saved: this test would prove nothing"
-    assert max(leaf.size for leaf in saved) < 256 * 192 / 4
+    plain = lambda x, adapter: quantized_linear(x, w, adapter)  # noqa: E731
+    for layer in (plain, jax.checkpoint(plain, policy=keep_products)):
+        _, pull = jax.vjp(layer, x, adapter)
+        saved = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, "shape")]
+        assert saved, "nothing was saved: this test would prove nothing"
+        assert max(leaf.size for leaf in saved) < 256 * 192 / 4
 
 
 def test_adapters_are_a_pytree_with_their_rule_in_the_structure() -> None:

@@ -105,7 +105,7 @@ def adapted(layers: int) -> Decoder:
     return model
 
 
-def loss_gradient(model: Decoder, remat: bool) -> Any:
+def loss_gradient(model: Decoder, recompute: Any) -> Any:
     """The gradient of a loss with respect to the adapters, compiled for 1 x 4 tokens.
 
     The loss is the mean square of the logits.
@@ -117,7 +117,7 @@ def loss_gradient(model: Decoder, remat: bool) -> Any:
 
         def loss(adapters: nnx.State) -> jax.Array:
             model = nnx.merge(graph_of_parts, adapters, rest)
-            return jnp.mean(model.head(model.hidden_states(ids, remat=remat)) ** 2)
+            return jnp.mean(model.head(model.hidden_states(ids, recompute=recompute)) ** 2)
 
         return jax.value_and_grad(loss)(adapters)
 
@@ -127,7 +127,7 @@ def loss_gradient(model: Decoder, remat: bool) -> Any:
 
 def test_recomputing_blocks_changes_no_gradient_and_a_layer_more_costs_its_input_alone() -> None:
     model = adapted(4)
-    recomputing, keeping = (loss_gradient(model, remat) for remat in (True, False))
+    recomputing, keeping = (loss_gradient(model, recompute) for recompute in ("block", "none"))
     (loss, ours), (expected_loss, theirs) = (run(nnx.state(model), tokens(1, 4)) for run in (recomputing, keeping))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     assert len(jax.tree.leaves(ours)) == 14
@@ -137,7 +137,7 @@ def test_recomputing_blocks_changes_no_gradient_and_a_layer_more_costs_its_input
         np.testing.assert_allclose(found / scale, expected / scale, atol=1e-4)
 
     # Temporary memory: the dequantised weights of one layer, whatever the depth.
-    deeper = loss_gradient(nnx.eval_shape(lambda: adapted(12)), True)
+    deeper = loss_gradient(nnx.eval_shape(lambda: adapted(12)), "block")
     few, many = (run.memory_analysis().temp_size_in_bytes for run in (recomputing, deeper))
     hidden, one_projection = 4 * 128 * 4, 128 * 128 * 4
     assert few > one_projection, "the weights of one layer do have to exist at some time"

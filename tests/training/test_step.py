@@ -68,7 +68,7 @@ def test_gradient_is_that_of_the_mean_loss(adapted: Decoder) -> None:
         return summed_loss(nnx.merge(graph, floats, frozen), batch) / targets
 
     loss, gradients = jax.value_and_grad(mean_loss)(floats)
-    metrics = make_train_step(graph, optimizer, remat=False)(state, frozen, batch)[1]
+    metrics = make_train_step(graph, optimizer, recompute="none")(state, frozen, batch)[1]
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, optax.global_norm(gradients), rtol=1e-4)
 

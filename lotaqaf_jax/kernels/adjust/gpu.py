@@ -53,7 +53,7 @@ def merged(
         offset: offset rule.
         offset_dtype: storage type of mu.
         in_place: put the new words where the old ones are, if nothing else needs them; else XLA copies them first.
-        count: whether to count; without, the second result is a zero.
+        count: whether to count; without, the second result means nothing.
     """
     packed = can_pack(w.bits, a.shape[-1]) and not interpreted()
     blocks = None if w.g_idx is not None else merge_blocks(w.bits, w.group_size, packed=packed)
@@ -82,7 +82,6 @@ def merged(
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
         aliases={0: 0} if in_place else None,
-        zeroed=() if count else (2,),
         **_sizes(w),
         rank=rank,
         BITS=w.bits,

@@ -71,9 +71,7 @@ def _load_words(words_ptr, period, n, mask_n, words, N, WORDS: tl.constexpr):
     w2 = w0
     if WORDS == 3:
         w1 = tl.load(at + N, mask=(row + 1 < words)[:, None] & mask_n[None, :], other=0).to(tl.uint32, bitcast=True)
-        w2 = tl.load(at + 2 * N, mask=(row + 2 < words)[:, None] & mask_n[None, :], other=0).to(
-            tl.uint32, bitcast=True
-        )
+        w2 = tl.load(at + 2 * N, mask=(row + 2 < words)[:, None] & mask_n[None, :], other=0).to(tl.uint32, bitcast=True)
     return w0, w1, w2
 
 

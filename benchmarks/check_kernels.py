@@ -1,0 +1,105 @@
+"""Run every kernel on this machine's card over widths, groups, orders and odd sizes; one line a case.
+
+    python benchmarks/check_kernels.py
+
+Weights and merged words must equal the plain JAX implementation bit for bit. Gradients and products are compared with
+it, or with float64, by relative error (norm of the difference over the norm). Exit status 1 if a case fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
+from lotaqaf_jax.kernels.choose import choose, missing_for_triton
+from lotaqaf_jax.kernels.matmul import packed_matmul
+from tests.weights import Grid, quantized, random_numbers, random_ternary
+
+GRIDS = (
+    *(Grid(bits, 1024, 512, size) for bits in (2, 3, 4, 8) for size in (32, 64, 128)),
+    *(Grid(bits, 300, 41, 32) for bits in (2, 3, 4, 8)),
+    *(Grid(bits, 200, 70, -1) for bits in (2, 3, 4, 8)),
+    Grid(4, 96, 16, 48),
+    Grid(4, 512, 128, 64, act_order=True),
+    Grid(3, 100, 33, 32, act_order=True),
+)
+RULES = (("reference", jnp.float32), ("paper", jnp.bfloat16), ("reference", jnp.float16), ("none", jnp.float32))
+RANKS = ((64, 14.0), (24, 4.3), (128, 20.5))
+TOLERANCE = {"gradients": 5e-3, "product": 4e-3}
+
+
+def outputs(implementation: str) -> Any:
+    """All that one implementation makes of a weight and its adapters, in one program."""
+
+    def run(w: Any, adapter: TernaryAdapter, x: jax.Array, dy: jax.Array) -> dict[str, Any]:
+        merged = merge_adapter(w, adapter, implementation)
+        floats = dataclasses.replace(adapter, a=adapter.a.astype(jnp.float32), b=adapter.b.astype(jnp.float32))
+        _, pull = jax.vjp(lambda x, t: quantized_linear(x, w, t, implementation=implementation), x, floats)
+        dx, dadapter = pull(dy)
+        return {
+            "float32": weight_matrix(w, adapter, jnp.float32, implementation),
+            "bfloat16": weight_matrix(w, adapter, jnp.bfloat16, implementation),
+            "merged": weight_matrix(merged, None, jnp.bfloat16, implementation),
+            "words": merged.qweight,
+            "mu": merged.offset,
+            "gradients": (dx, dadapter.a, dadapter.b),
+            "product": [packed_matmul(x[:rows], merged, implementation=implementation) for rows in (1, 16, 64)],
+        }
+
+    return jax.jit(run)
+
+
+def error(found: Any, truth: Any) -> float:
+    """Largest relative error over the arrays of a tree."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)
+    wide = ((np.asarray(f, np.float64), np.asarray(t, np.float64)) for f, t in pairs)
+    return max(float(np.linalg.norm(f - t) / np.linalg.norm(t)) for f, t in wide)
+
+
+def main() -> None:
+    """Run all cases."""
+    if missing := missing_for_triton():
+        sys.exit(f"no Triton kernels to check: {missing}")
+    print(f"{jax.local_devices()[0].device_kind}, jax {jax.__version__}, implementation {choose()}")
+    plain, fused = outputs("xla"), outputs("triton")
+    failed = 0
+    for number, grid in enumerate(GRIDS):
+        (offset, dtype), (rank, omega) = RULES[number % 4], RANKS[number % 3]
+        rng = np.random.default_rng(number)
+        w = quantized(random_numbers(rng, grid), grid)
+        a, b = random_ternary(rng, grid.n_in, rank), random_ternary(rng, rank, grid.n_out)
+        adapter = TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, offset, jnp.dtype(dtype))
+        x = jnp.asarray(rng.normal(size=(64, grid.n_in)), jnp.bfloat16)
+        dy = jnp.asarray(rng.normal(size=(64, grid.n_out)), jnp.bfloat16)
+        truth, found = (jax.device_get(run(w, adapter, x, dy)) for run in (plain, fused))
+        wrong = [key for key in ("float32", "bfloat16", "words", "mu") if not _equal(found[key], truth[key])]
+        wrong += ["merged"] if not _equal(found["merged"], found["bfloat16"]) else []
+        exact = np.asarray(x, np.float64) @ np.asarray(truth["float32"], np.float64)
+        errors = {
+            "gradients": error(found["gradients"], truth["gradients"]),
+            "product": error(found["product"], [exact[:rows] for rows in (1, 16, 64)]),
+        }
+        wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
+        failed += bool(wrong)
+        numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
+        name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
+        print(f"{name} {numbers:40} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}", flush=True)
+    print(f"{len(GRIDS)} cases, {failed} failed")
+    sys.exit(1 if failed else 0)
+
+
+def _equal(found: Any, truth: Any) -> bool:
+    return (found is None and truth is None) or np.array_equal(np.asarray(found), np.asarray(truth))
+
+
+if __name__ == "__main__":
+    main()
