@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import environment, seconds_of, write_json
 
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
 from lotaqaf_jax.kernels.matmul import packed_matmul
@@ -115,18 +113,6 @@ def relative_error(y: jax.Array, x: jax.Array, w: QuantizedWeight, index: int) -
     steps = q.astype(np.float64) - spread(w.zeros) + (0 if w.offset is None else spread(w.offset))
     truth = np.asarray(x, np.float64) @ (spread(w.scales) * steps)
     return float(np.linalg.norm(np.asarray(y, np.float64)[:, columns] - truth) / np.linalg.norm(truth))
-
-
-def seconds_of(run: Callable[[], Any], repeats: int = 9) -> float:
-    """Median seconds of ``run``, which ends when the device has."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 Product = Callable[[jax.Array, QuantizedWeight, jax.Array], jax.Array]
@@ -217,19 +203,6 @@ def measure(layer: Layer, more: bool, peers: bool) -> dict[str, Any]:
     return line
 
 
-def environment() -> dict[str, str]:
-    """Versions and card."""
-    device = jax.local_devices()[0]
-    names = ("jax", "jaxlib", "triton", "jax-triton", "torch", "numpy")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return {"card": device.device_kind, "capability": str(getattr(device, "compute_capability", "")), **versions}
-
-
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table."""
     times = ("packed", "merged", "float32", "dequant", "tinygemm", "cublas", "bytes")
@@ -260,8 +233,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="without torch")
     parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
-    found = environment()
-    print(found)
+    print(environment())
     lines = []
     for shape in options.shapes:
         n_in, n_out = (int(part) for part in shape.split("x"))
@@ -273,10 +245,7 @@ def main() -> None:
                     print(table(lines[-1:]).splitlines()[1], flush=True)
     print(table(lines))
     if options.json:
-        text = json.dumps({"environment": found, "calls": CALLS, "lines": lines}, indent=1)
-        beside = options.json.with_suffix(".part")
-        beside.write_text(text)
-        beside.replace(options.json)
+        write_json(options.json, {"calls": CALLS, "lines": lines})
 
 
 if __name__ == "__main__":

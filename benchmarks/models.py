@@ -11,6 +11,8 @@ from flax import nnx
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, dense_spec
 from lotaqaf_jax.models.layers import Linear
 from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant.packing import packed_size
+from lotaqaf_jax.quant.weight import group_count
 
 
 def random_decoder(
@@ -44,6 +46,24 @@ def random_decoder(
 
 def _normal(key: jax.Array, like: Any) -> jax.Array:
     return jax.jit(lambda key: (0.02 * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype))(key)
+
+
+def random_weight(
+    key: jax.Array, shape: tuple[int, int], quant: QuantSpec, stored: Any = jnp.float16
+) -> QuantizedWeight:
+    """One random packed weight, as :func:`random_decoder` fills them."""
+    groups = group_count(shape[0], quant.group_size)
+    like = QuantizedWeight(
+        jax.ShapeDtypeStruct((packed_size(shape[0], quant.bits), shape[1]), jnp.int32),
+        jax.ShapeDtypeStruct((groups, shape[1]), stored),
+        jax.ShapeDtypeStruct((groups, shape[1]), jnp.uint8),
+        None,
+        None,
+        quant.bits,
+        quant.group_size,
+        shape,
+    )
+    return _random_words(key, like)
 
 
 def _random_words(key: jax.Array, w: QuantizedWeight) -> QuantizedWeight:

@@ -22,7 +22,8 @@ def choose(implementation: str | None = None) -> Implementation:
 
     Args:
         implementation: "xla" is plain JAX and runs everywhere; "triton" are kernels for NVIDIA cards of compute
-            capability 8.0 or more, or with TRITON_INTERPRET=1 for Triton's interpreter; None is "triton" where it runs, and "xla", with one warning on a GPU, where not.
+            capability 8.0 or more, or with TRITON_INTERPRET=1 for Triton's interpreter; None is "triton" where it runs,
+            and "xla", with one warning on a GPU, where not.
 
     Raises:
         ConfigError: an unknown name, or "triton" without the packages it needs.

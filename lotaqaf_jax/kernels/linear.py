@@ -163,7 +163,7 @@ def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.
     # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at half
     # the memory.
     dweight = jax.lax.dot_general(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ())))
-    rule = {"omega": adapter.omega, "offset": adapter.offset}
+    rule: dict[str, Any] = {"omega": adapter.omega, "offset": adapter.offset}
     if implementation == "triton" and (gradient := _gradient_kernel()).fits_tiles(w):
         dd = gradient.step_gradient(w, dweight, **rule)
     else:

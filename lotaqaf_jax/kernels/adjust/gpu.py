@@ -1,8 +1,8 @@
 """The adjusted weight on a GPU: which kernel runs, with which arguments. Equations: :mod:`lotaqaf_jax.ternary`.
 
-Two kernels make the adjusted weight: the merge (new words and mu, by tiles of whole groups) and dequantise, which is also
-that of merged weights. Groups that no tile holds (one group for all rows, odd sizes) and act-order take the merge in two
-parts, steps and group sums. Nothing of the size (in, out) is made but the result.
+Two kernels make the adjusted weight: the merge (new words and mu, by tiles of whole groups) and dequantise, which is
+also that of merged weights. Groups that no tile holds (one group for all rows, odd sizes) and act-order take the merge
+in two parts, steps and group sums. Nothing of the size (in, out) is made but the result.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def merged(
     return dataclasses.replace(w, qweight=new_words, offset=mu if has_offset else None), moved
 
 
-def _sizes(w: QuantizedWeight, *, groups: bool = True) -> dict[str, int]:
+def _sizes(w: QuantizedWeight, *, groups: bool = True) -> dict[str, Any]:
     """Sizes as constants: what divides them decides how wide loads are, and how values lie in registers."""
     sizes = {"K": w.shape[0], "N": w.shape[1], "words": w.qweight.shape[0]}
-    return {**sizes, "groups": w.groups} if groups else sizes
+    return sizes | {"groups": w.groups} if groups else sizes
 
 
 def _padded(rank: int) -> int:

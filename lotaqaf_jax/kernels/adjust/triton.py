@@ -1,10 +1,10 @@
 """Triton kernels of the adjusted weight: unpack, A @ B on tensor cores, step and offset; and dequantise.
 
-A tile holds ``BLOCK_P`` periods of the bitstream (see :mod:`lotaqaf_jax.quant.packing`; a period is 8 values in one word
-at 4 bit, 32 values in three words at 3 bit) by ``BLOCK_N`` columns. Value j of every period is taken at once: row j,
-j + VALUES, j + 2*VALUES, ... of A, multiplied by B, lies in registers exactly where the words that hold these values
-lie, so nothing has to be moved between threads to add a step to a packed integer. The tile's words with the steps
-added are the merged words; the weight is dequantised from them, so adapted and merged weights cannot differ.
+A tile holds ``BLOCK_P`` periods of the bitstream (see :mod:`lotaqaf_jax.quant.packing`; a period is 8 values in one
+word at 4 bit, 32 values in three words at 3 bit) by ``BLOCK_N`` columns. Value j of every period is taken at once: row
+j, j + VALUES, j + 2*VALUES, ... of A, multiplied by B, lies in registers exactly where the words that hold these values
+lie, so nothing has to be moved between threads to add a step to a packed integer. The tile's words with the steps added
+are the merged words; the weight is dequantised from them, so adapted and merged weights cannot differ.
 
 D = A @ B is a sum of small integers: exact in the accumulators, in any order. The rounding steps are those of
 :mod:`lotaqaf_jax.ternary`, and the kernels are compiled without contraction of products and sums.
@@ -262,7 +262,8 @@ def merge_kernel(
     new_words_ptr, offset_ptr, moved_ptr,
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
-    OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr, PACKED: tl.constexpr, COUNT: tl.constexpr,
+    OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
+    PACKED: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merged words and offset of one tile, which holds whole groups of GROUP consecutive rows."""

@@ -1,0 +1,78 @@
+"""Tokens per second of greedy generation, on random weights of a real model's shapes, packed and in bfloat16.
+
+    python benchmarks/decode.py [--model qwen2.5-14b] [--batch 1 64] [--dense]
+
+The time of a decoding step is the difference between two runs of different lengths over the difference in tokens, so
+that the prompt and the launch are not in it. ``bytes`` is the rate at which the weights could be read once a token at
+the bandwidth of a device copy (4.3e12 bytes/s on an H200).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import environment, seconds_of, write_json
+from flax import nnx
+from models import random_decoder
+
+from lotaqaf_jax.generation import generate
+from lotaqaf_jax.models import Decoder, QuantSpec
+from lotaqaf_jax.models.presets import preset
+
+COPY = 4.3e12
+PROMPT = 32
+
+
+def measure(model: Decoder, batch: int, few: int, many: int) -> dict[str, Any]:
+    """Seconds of a decoding step and tokens per second."""
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, PROMPT), dtype=np.int32)
+    lengths = np.full(batch, PROMPT, np.int32)
+
+    def run(tokens: int) -> None:
+        generate(model, prompt, lengths, max_new_tokens=tokens)
+
+    short, long = (seconds_of(lambda n=n: run(n), repeats=3) for n in (few, many))
+    step = (long - short) / (many - few)
+    # Every weight but the embedding is read for a token.
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) - model.embed_tokens.weight.get_value().nbytes
+    return {"batch": batch, "step_ms": 1e3 * step, "tokens_per_s": batch / step, "bytes": batch * COPY / read}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen2.5-14b")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--tokens", nargs=2, type=int, default=[64, 192], help="lengths of the two runs")
+    parser.add_argument("--dense", action="store_true", help="also the same model in bfloat16")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    print(environment())
+    lines = []
+    quants = [QuantSpec(options.bits, options.group_size), *([None] if options.dense else [])]
+    for quant in quants:
+        model = random_decoder(preset(options.model), quant, stored=jnp.bfloat16)
+        for batch in options.batch:
+            line = {"weights": f"{quant.bits} bit" if quant else "bfloat16", **measure(model, batch, *options.tokens)}
+            lines.append(line)
+            print(
+                ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True
+            )
+        del model
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        write_json(options.json, {"settings": settings, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Tokens per second and memory of one training step, on random packed weights of a real model's shapes.
+
+    python benchmarks/train_step.py [--model qwen2.5-14b] [--rows 8] [--length 1024] [--recompute block products none]
+
+A line for each way of recomputing activations: seconds to compile, median seconds of a step after the first, tokens per
+second, and the peak of memory in use on the device. The step is the one that train.py runs: forward and backward pass
+over all layers, chunked loss, t-SignSGD. No token is padding, all are targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the peak is what was needed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import environment, write_json
+from models import random_decoder
+
+from lotaqaf_jax.models import QuantSpec, add_adapters
+from lotaqaf_jax.models.presets import preset
+from lotaqaf_jax.optim import t_signsgd
+from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
+
+
+def batch_of(vocab_size: int, rows: int, length: int) -> dict[str, jax.Array]:
+    """Random tokens."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, (rows, length), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    arrays = {"input_ids": ids, "labels": ids, "positions": positions, "segment_ids": np.ones_like(ids)}
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def measure(options: argparse.Namespace, recompute: Any) -> dict[str, Any]:
+    """One line of the table."""
+    config = preset(options.model)
+    quant = QuantSpec(options.bits, options.group_size)
+    model = add_adapters(random_decoder(config, quant, stored=jnp.bfloat16), options.rank, options.omega)
+    graph, adapters, frozen = split_model(model)
+    del model
+    optimizer = t_signsgd(300, "reference", stacked_axes=1, check=False)
+    state = TrainState(adapters, optimizer.init(adapters), jnp.int32(0))
+    batch = batch_of(config.vocab_size, options.rows, options.length)
+    step = make_train_step(graph, optimizer, recompute=recompute, packed=False)
+    start = time.perf_counter()
+    compiled = step.lower(state, frozen, batch).compile()
+    line: dict[str, Any] = {"recompute": recompute, "compile_s": time.perf_counter() - start}
+    times = []
+    for _ in range(options.steps + 1):
+        start = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch)
+        loss = float(metrics.loss)
+        times.append(time.perf_counter() - start)
+    line["step_s"] = statistics.median(times[1:])
+    line["tokens_per_s"] = options.rows * options.length / line["step_s"]
+    memory = jax.local_devices()[0].memory_stats() or {}
+    line["peak_gib"] = memory.get("peak_bytes_in_use", 0) / 2**30
+    line["loss"] = loss
+    return line
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen2.5-14b")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--omega", type=float, default=14.0)
+    parser.add_argument("--steps", type=int, default=6)
+    # The peak of memory is one of the whole process: the leanest way first.
+    parser.add_argument("--recompute", nargs="+", default=["block", "products"])
+    parser.add_argument("--json", type=Path, help="write everything here")
+    options = parser.parse_args()
+    print(environment())
+    lines = []
+    for recompute in options.recompute:
+        lines.append(measure(options, recompute))
+        print(
+            ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()), flush=True
+        )
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        write_json(options.json, {"settings": settings, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()
