@@ -28,6 +28,7 @@ from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.training import Stopped, TrainConfig, parse_config, prepare_output, train
+from lotaqaf_jax.training.compilation import use_compilation_cache
 from lotaqaf_jax.training.log import plot_log, read_log
 
 
@@ -60,6 +61,7 @@ def run(config: TrainConfig) -> None:
     """The job: load -> train -> merge -> export -> verify."""
     started = time.perf_counter()
     output = Path(config.output_dir)
+    use_compilation_cache()
 
     # Load: data first, since it is quick and most mistakes are there.
     base = CheckpointFolder(local_folder(str(config.model)))

@@ -6,8 +6,8 @@
   bfloat16; gradient: the gradient of D from that of the weight, bfloat16.
 * bytes: what reading the words and writing the bfloat16 weight once takes at the bandwidth of a device copy.
 
-Every call is first compared with plain JAX: bit for bit, and the gradient by relative error. Calls go round several
-random weights in one compiled program, of which one element a call is returned; a shorter program takes the time of
+Every call is first compared with plain JAX: bit for bit, and the gradient by relative error. One compiled program makes
+many calls, each on a random weight of its own, and returns one element of each; a shorter program takes the time of
 launch and waiting off.
 """
 
@@ -34,7 +34,7 @@ from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.ternary import step_gradient
 
 COPY = 4.3e12
-COPIES = 4
+CALLS = 24
 Call = Callable[[QuantizedWeight, TernaryAdapter, jax.Array], jax.Array]
 
 
@@ -53,20 +53,20 @@ def calls(implementation: str) -> dict[str, Call]:
     }
 
 
-def microseconds(call: Call, inputs: list[tuple[Any, ...]], count: int = 24) -> float:
-    """Of one call."""
+def microseconds(call: Call, inputs: list[tuple[Any, ...]]) -> float:
+    """Of one call. Every call has a weight of its own: XLA computes equal calls once."""
 
     def many(number: int) -> Any:
-        run = jax.jit(lambda inputs: [call(*inputs[i % COPIES])[0, :1] for i in range(number)])
-        return lambda: jax.block_until_ready(run(inputs))
+        run = jax.jit(lambda inputs: [call(*one)[0, :1] for one in inputs])
+        return lambda: jax.block_until_ready(run(inputs[:number]))
 
-    return (seconds_of(many(count)) - seconds_of(many(count // 4))) / (count - count // 4) * 1e6
+    return (seconds_of(many(CALLS)) - seconds_of(many(CALLS // 4))) / (CALLS - CALLS // 4) * 1e6
 
 
 def measure(n_in: int, n_out: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Lines of the table for one shape."""
     inputs = []
-    for i in range(COPIES):
+    for i in range(CALLS):
         keys = jax.random.split(jax.random.key(i), 4)
         w = random_weight(keys[0], (n_in, n_out), QuantSpec(options.bits, options.group_size))
         a = jax.random.randint(keys[1], (n_in, options.rank), -1, 2, jnp.int8)

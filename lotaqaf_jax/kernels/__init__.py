@@ -3,15 +3,16 @@
 from lotaqaf_jax.kernels.linear import (
     TernaryAdapter,
     keep_products,
-    merge_adapter,
     quantized_linear,
     weight_matrix,
 )
+from lotaqaf_jax.kernels.merge import merge_adapter, merge_and_count
 
 __all__ = [
     "TernaryAdapter",
     "keep_products",
     "merge_adapter",
+    "merge_and_count",
     "quantized_linear",
     "weight_matrix",
 ]

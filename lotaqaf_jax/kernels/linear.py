@@ -17,12 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, adjusted_weight, check_settings, merge, project, step_gradient
+from lotaqaf_jax.ternary import Offset, adjusted_weight, project, step_gradient
 
 __all__ = [
     "TernaryAdapter",
     "keep_products",
-    "merge_adapter",
     "quantized_linear",
     "weight_matrix",
 ]
@@ -91,20 +90,6 @@ def _fused(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> ja
     if adapter is not None:
         w, _ = gpu.merged(w, adapter.a, adapter.b, adapter.omega, adapter.offset, adapter.offset_dtype)
     return gpu.dequantized(w, dtype)
-
-
-def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: str | None = None) -> QuantizedWeight:
-    """:func:`lotaqaf_jax.ternary.merge` of an adapter, by the implementation that runs fastest here.
-
-    Every implementation gives the same words and the same offset, bit for bit.
-    """
-    check_settings(adapter.rank, adapter.omega, adapter.offset)
-    if choose(implementation) == "triton":
-        from lotaqaf_jax.kernels.adjust import gpu
-
-        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
-        return gpu.merged(w, adapter.a, adapter.b, *rule, in_place=True)[0]
-    return merge(w, adapter.a, adapter.b, omega=adapter.omega, offset=adapter.offset, offset_dtype=adapter.offset_dtype)
 
 
 def quantized_linear(

@@ -2,7 +2,9 @@
 
 from lotaqaf_jax.models.adapters import (
     TARGET_MODULES,
+    AdapterStatistics,
     adapted_linears,
+    adapter_statistics,
     add_adapters,
     linears,
     merge,
@@ -21,6 +23,7 @@ __all__ = [
     "PRESETS",
     "PROJECTIONS",
     "TARGET_MODULES",
+    "AdapterStatistics",
     "Decoder",
     "DecoderConfig",
     "DecoderSpec",
@@ -31,6 +34,7 @@ __all__ = [
     "Recompute",
     "Ternary",
     "adapted_linears",
+    "adapter_statistics",
     "add_adapters",
     "dense_spec",
     "init_decoder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,14 +13,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lotaqaf_jax.errors import AdapterError, ConfigError
-from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter
+from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, merge_and_count
 from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.layers import Linear, Ternary
 from lotaqaf_jax.models.spec import PROJECTIONS
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, check_settings, init_adapter, moved_share
+from lotaqaf_jax.ternary import Offset, check_settings, init_adapter
 
-__all__ = ["TARGET_MODULES", "adapted_linears", "add_adapters", "check_targets", "linears", "merge", "moved_shares"]
+__all__ = [
+    "TARGET_MODULES",
+    "AdapterStatistics",
+    "adapted_linears",
+    "adapter_statistics",
+    "add_adapters",
+    "check_targets",
+    "linears",
+    "merge",
+    "moved_shares",
+]
 
 TARGET_MODULES = tuple(path.split(".")[1] for path in PROJECTIONS)
 
@@ -161,12 +172,31 @@ def merge(model: Decoder) -> Decoder:
     return model
 
 
-def moved_shares(model: Decoder) -> dict[str, jax.Array]:
-    """Share of integer weights that the adapters move, by module name; scalars in [0, 1]."""
-    shares: dict[str, jax.Array] = {}
+@dataclasses.dataclass(frozen=True)
+class AdapterStatistics:
+    """What the adapters of one module do: ``moved`` of its ``integers`` move, and ``mu`` is the sum of |mu| over its
+    ``offsets`` groups and columns, in steps of the grid."""
+
+    moved: int
+    integers: int
+    mu: float
+    offsets: int
+
+
+def adapter_statistics(model: Decoder) -> dict[str, AdapterStatistics]:
+    """:class:`AdapterStatistics` by module name."""
+    found: dict[str, AdapterStatistics] = {}
     for names, linear, adapter in adapted_linears(model):
-        shares.update(zip(names, _moved_stack(linear.packed, adapter), strict=True))
-    return shares
+        n_in, n_out = linear.packed.shape
+        counts = jax.device_get(_count_stack(linear.packed, adapter))
+        for name, moved, mu in zip(names, *counts, strict=True):
+            found[name] = AdapterStatistics(int(moved), n_in * n_out, float(mu), linear.packed.groups * n_out)
+    return found
+
+
+def moved_shares(model: Decoder) -> dict[str, float]:
+    """Share of integer weights that the adapters move, by module name, in [0, 1]."""
+    return {name: one.moved / one.integers for name, one in adapter_statistics(model).items()}
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -182,7 +212,12 @@ def _merge_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> Quantize
 
 
 @jax.jit
-def _moved_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> jax.Array:
-    return jax.lax.map(
-        lambda pair: moved_share(pair[0], pair[1].a, pair[1].b, omega=pair[1].omega), (weights, adapters)
-    )
+def _count_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> tuple[jax.Array, jax.Array]:
+    """(integers that move, sum of |mu|) of every layer of a stack."""
+
+    def one(pair: tuple[QuantizedWeight, TernaryAdapter]) -> tuple[jax.Array, jax.Array]:
+        merged, moved = merge_and_count(*pair)
+        mu = jnp.float32(0) if merged.offset is None else jnp.abs(merged.offset.astype(jnp.float32)).sum()
+        return moved, mu
+
+    return jax.lax.map(one, (weights, adapters))

@@ -3,13 +3,12 @@
 from lotaqaf_jax.training.config import TrainConfig, parse_config
 from lotaqaf_jax.training.loop import Stopped, train
 from lotaqaf_jax.training.output import prepare_output
-from lotaqaf_jax.training.step import TrainState, adapter_statistics, make_train_step
+from lotaqaf_jax.training.step import TrainState, make_train_step
 
 __all__ = [
     "Stopped",
     "TrainConfig",
     "TrainState",
-    "adapter_statistics",
     "make_train_step",
     "parse_config",
     "prepare_output",

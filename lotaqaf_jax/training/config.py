@@ -67,6 +67,11 @@ class TrainConfig:
     num_train_epochs: float = _help("times through the data", 1.0)
     max_steps: int = _help("updates in all, in place of num_train_epochs; -1: by epochs", -1)
     gradient_checkpointing: bool = _help("recompute activations in the backward pass to save memory", True)
+    recompute: Literal["auto", "block", "products"] = _help(
+        "what gradient_checkpointing recomputes: all of a block, or all but its matrix products; auto: as little as "
+        "fits the GPU's memory, block elsewhere",
+        "auto",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _help("type that is computed in; auto: by device", "auto")
     seed: int = _help("decides adapters and order of the data", 0)
 

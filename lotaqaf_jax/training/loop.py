@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from lotaqaf_jax.data import TrainingData
 from lotaqaf_jax.errors import ConfigError, TrainingError
-from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.models import Decoder, Recompute, adapter_statistics
 from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
+from lotaqaf_jax.training.compilation import least_recompute
 from lotaqaf_jax.training.config import TrainConfig
 from lotaqaf_jax.training.log import RunLog
 from lotaqaf_jax.training.signals import StopSignal
 from lotaqaf_jax.training.step import (
     Metrics,
     TrainState,
-    adapter_statistics,
     make_train_step,
     nonfinite_tensors,
     split_model,
@@ -85,13 +85,22 @@ def train(
         _same_settings(config, total, place)
         data.train.restore(place["data"])
         print(f"resumed from step {resumed} of {total}")
-    step_function = make_train_step(
-        graph,
-        optimizer,
-        accumulate=config.accumulation,
-        recompute="block" if config.gradient_checkpointing else "none",
-        packed=config.packing,
-    )
+
+    def step_of(recompute: Recompute) -> Any:
+        return make_train_step(
+            graph, optimizer, accumulate=config.accumulation, recompute=recompute, packed=config.packing
+        )
+
+    recompute: Recompute = "none"
+    if config.gradient_checkpointing:
+        recompute = (
+            config.recompute
+            if config.recompute != "auto"
+            else least_recompute(lambda way: step_of(way).lower(state, frozen, data.train.peek(0)).compile())
+        )
+    step_function = step_of(recompute)
+    if jax.default_backend() == "gpu":
+        print(f"recomputing in the backward pass: {recompute}")
 
     def current(state: TrainState) -> Decoder:
         return nnx.merge(graph, state.adapters, frozen, copy=True)
@@ -123,11 +132,11 @@ def train(
                     raise TrainingError(_blame(step, metrics, current(state)))
                 clock.add(int(metrics.tokens))
                 if step % config.logging_steps == 0 or step in (1, total):
-                    moved, mu = adapter_statistics(current(state))
-                    record |= {"moved": moved, "mean_abs_mu": mu, "tokens_per_second": clock.rate()}
+                    record |= _adapters(current(state)) | {"tokens_per_second": clock.rate()}
                     record["epoch"] = step / data.train.steps_per_epoch
                     log.write(step, record)
-                    bar.set_postfix(loss=f"{record['loss']:.4f}", moved=f"{100 * moved:.3f}%", refresh=False)
+                    moved = f"{100 * record['moved']:.3f}%"
+                    bar.set_postfix(loss=f"{record['loss']:.4f}", moved=moved, refresh=False)
                 if step == total or (config.eval_steps and step % config.eval_steps == 0):
                     look(step, state)
                     clock.restart()
@@ -172,6 +181,13 @@ def _record(metrics: Metrics) -> dict[str, Any] | None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return None
     return {"loss": loss, "grad_norm": norm, "changed": int(metrics.changed)}
+
+
+def _adapters(model: Decoder) -> dict[str, float]:
+    """Share of integer weights that the adapters move, and mean |mu| in steps of the grid, over all adapted layers."""
+    every = adapter_statistics(model).values()
+    moved, integers = sum(one.moved for one in every), sum(one.integers for one in every)
+    return {"moved": moved / integers, "mean_abs_mu": sum(one.mu for one in every) / sum(one.offsets for one in every)}
 
 
 def _blame(step: int, metrics: Metrics, model: Decoder) -> str:

@@ -12,10 +12,9 @@ import optax
 from flax import nnx
 
 from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
-from lotaqaf_jax.ternary import merge, ternary_step
 from lotaqaf_jax.training.loss import IGNORE, summed_loss
 
-__all__ = ["Metrics", "TrainState", "adapter_statistics", "make_train_step", "nonfinite_tensors", "split_model"]
+__all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
 
 
 @jax.tree_util.register_dataclass
@@ -121,29 +120,3 @@ def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:
             for name, value in zip(names, values, strict=True):
                 if not jnp.isfinite(value):
                     yield f"{name}.{part}"
-
-
-@jax.jit
-def _statistics(weights: Any, adapter: Any) -> tuple[jax.Array, jax.Array]:
-    def one(pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-        w, t = pair
-        moved = jnp.abs(ternary_step(w, t.a, t.b, omega=t.omega)).sum(dtype=jnp.float32)
-        merged = merge(w, t.a, t.b, omega=t.omega, offset=t.offset, offset_dtype=t.offset_dtype)
-        size = jnp.float32(0) if merged.offset is None else jnp.abs(merged.offset.astype(jnp.float32)).sum()
-        return moved, size
-
-    moved, size = jax.lax.map(one, (weights, adapter))
-    return moved.sum(), size.sum()
-
-
-def adapter_statistics(model: Decoder) -> tuple[float, float]:
-    """(share of integer weights that the adapters move, mean |mu| in steps of the grid) over all adapted layers."""
-    moved = size = 0.0
-    integers = offsets = 0
-    for names, linear, adapter in adapted_linears(model):
-        some_moved, some_size = _statistics(linear.packed, adapter)
-        moved, size = moved + float(some_moved), size + float(some_size)
-        n_in, n_out = linear.packed.shape
-        integers += len(names) * n_in * n_out
-        offsets += len(names) * linear.packed.groups * n_out
-    return moved / integers, size / offsets

@@ -12,9 +12,10 @@ import optax
 import pytest
 from flax import nnx
 
-from lotaqaf_jax.models import Decoder, adapted_linears, moved_shares
+from lotaqaf_jax.models import Decoder, adapted_linears, adapter_statistics, linears, merge
 from lotaqaf_jax.optim import t_signsgd
-from lotaqaf_jax.training import TrainState, adapter_statistics, make_train_step
+from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.training import TrainState, make_train_step
 from lotaqaf_jax.training.loss import IGNORE, summed_loss
 from lotaqaf_jax.training.step import nonfinite_tensors, split_model
 from tests.training.test_loss import batch_of
@@ -90,16 +91,19 @@ def test_statistics_agree_with_the_merged_model(adapted: Decoder) -> None:
         assert linear.adapter is not None
         b = jnp.asarray(rng.integers(-1, 2, adapter.b.shape), jnp.int8)
         linear.adapter.set_value(dataclasses.replace(adapter, b=b))
-    from lotaqaf_jax.models import linears, merge
+    moved = integers = 0
+    for (_, before), (_, after) in zip(linears(adapted), linears(merge(adapted)), strict=True):
+        words = [[w.integers() for w in _layers(linear.packed)] for linear in (before, after)]
+        moved += sum(int((one != other).sum()) for one, other in zip(*words, strict=True))
+        integers += sum(layer.size for layer in words[0])
+        assert after.packed.offset is not None
+        offsets.append(np.abs(np.asarray(after.packed.offset)).ravel())
+    found = adapter_statistics(adapted).values()
+    assert sum(one.moved for one in found) == moved > 0
+    assert sum(one.integers for one in found) == integers
+    mean = sum(one.mu for one in found) / sum(one.offsets for one in found)
+    np.testing.assert_allclose(mean, np.concatenate(offsets).mean(), rtol=1e-5)
 
-    shares, sizes = (
-        list(moved_shares(adapted).values()),
-        [linear.packed.shape[0] * linear.packed.shape[1] for names, linear in linears(adapted) for _ in names],
-    )
-    for _, linear in linears(merge(adapted)):
-        offset = linear.packed.offset
-        assert offset is not None
-        offsets.append(np.abs(np.asarray(offset)).ravel())
-    moved, mu = adapter_statistics(adapted)
-    np.testing.assert_allclose(moved, np.average([float(share) for share in shares], weights=sizes), rtol=1e-5)
-    np.testing.assert_allclose(mu, np.concatenate(offsets).mean(), rtol=1e-5)
+
+def _layers(stack: QuantizedWeight) -> list[QuantizedWeight]:
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(stack.qweight.shape[0])]

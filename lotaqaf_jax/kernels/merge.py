@@ -1,0 +1,55 @@
+"""The lossless merge of one weight, by the implementation that runs fastest here."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lotaqaf_jax.kernels.choose import choose
+from lotaqaf_jax.kernels.linear import TernaryAdapter
+from lotaqaf_jax.quant.weight import QuantizedWeight
+from lotaqaf_jax.ternary import check_settings, merge, ternary_step
+
+__all__ = ["merge_adapter", "merge_and_count"]
+
+
+def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: str | None = None) -> QuantizedWeight:
+    """:func:`lotaqaf_jax.ternary.merge` of an adapter, the new words in place of the old where those are not needed.
+
+    Every implementation gives the same words and the same offset, bit for bit.
+
+    Args:
+        w: the quantised weight (in, out), without an offset of its own.
+        adapter: its adapters.
+        implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
+
+    Raises:
+        ConfigError: an unknown implementation, or adapter settings out of range.
+    """
+    check_settings(adapter.rank, adapter.omega, adapter.offset)
+    if choose(implementation) == "triton":
+        from lotaqaf_jax.kernels.adjust import gpu
+
+        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
+        return gpu.merged(w, adapter.a, adapter.b, *rule, in_place=True)[0]
+    return _plain(w, adapter)
+
+
+def merge_and_count(
+    w: QuantizedWeight, adapter: TernaryAdapter, implementation: str | None = None
+) -> tuple[QuantizedWeight, jax.Array]:
+    """As :func:`merge_adapter`, and the number of integers that moved, an int32 scalar."""
+    check_settings(adapter.rank, adapter.omega, adapter.offset)
+    if choose(implementation) == "triton":
+        from lotaqaf_jax.kernels.adjust import gpu
+
+        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
+        merged, moved = gpu.merged(w, adapter.a, adapter.b, *rule, count=True)
+        return merged, moved.sum()
+    steps = ternary_step(w, adapter.a, adapter.b, omega=adapter.omega)
+    return _plain(w, adapter), jnp.abs(steps).sum()
+
+
+def _plain(w: QuantizedWeight, adapter: TernaryAdapter) -> QuantizedWeight:
+    rule = {"omega": adapter.omega, "offset": adapter.offset, "offset_dtype": adapter.offset_dtype}
+    return merge(w, adapter.a, adapter.b, **rule)

@@ -1,0 +1,75 @@
+"""Compile every Triton kernel without a card, for Hopper and for Ampere; prints a JSON list of what was compiled.
+
+A program of its own, run by test_compile.py: in the test process the kernels have been defined for the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import lotaqaf_jax.kernels.adjust.gpu as adjust
+import lotaqaf_jax.kernels.gradient.gpu as gradient
+import lotaqaf_jax.kernels.matmul.gpu as matmul
+from tests.weights import Grid, quantized, random_numbers, random_ternary
+
+NAMES = {"int32": "i32", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
+GRIDS = (Grid(4, 128, 128, 64), Grid(2, 128, 64, 64), Grid(3, 128, 64, 32), Grid(8, 128, 64, 64), Grid(4, 96, 32, -1))
+
+compiled: list[dict[str, Any]] = []
+
+
+def kind_of(value: Any) -> str:
+    """The type of a parameter, as Triton writes it."""
+    if isinstance(value, int | float):
+        return "fp32" if isinstance(value, float) else "i32"
+    return "*" + NAMES[jnp.dtype(value.dtype).name]
+
+
+def record(
+    kernel: Any, *inputs: Any, out: Any, num_warps: int, num_stages: int, fuse: bool = False, **rest: Any
+) -> list[Any]:
+    """Stands in for a launch: compiles, and returns zeros."""
+    constants = {name: value for name, value in rest.items() if name not in ("grid", "aliases", "zeroed")}
+    names = kernel.arg_names
+    kinds = dict(zip(names, [kind_of(value) for value in (*inputs, *out)], strict=False))
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in kinds.items() if kind.startswith("*")}
+    source = ASTSource(
+        kernel,
+        signature=kinds | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    for capability in (90, 80):
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        name = kernel.fn.__name__
+        compiled.append({"kernel": name, "capability": capability, "shared": built.metadata.shared})
+    return [jnp.zeros(o.shape, o.dtype) for o in out]
+
+
+def main() -> None:
+    """Go through the widths."""
+    for module in (adjust, gradient, matmul):
+        module.launch = record  # type: ignore[attr-defined]
+    rng = np.random.default_rng(0)
+    for grid in GRIDS:
+        w = quantized(random_numbers(rng, grid), grid)
+        a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, 64), (64, grid.n_out)))
+        merged, _ = adjust.merged(w, a, b, 14.0, "reference", jnp.float32, count=True)
+        adjust.dequantized(merged, jnp.bfloat16)
+        if gradient.fits_tiles(w):
+            gradient.step_gradient(w, jnp.zeros(w.shape, jnp.bfloat16), omega=14.0, offset="reference")
+            for rows in (1, 64):
+                matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), w, None, None)
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main()
