@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -12,7 +13,25 @@ from typing import Any
 
 import jax
 
-__all__ = ["environment", "seconds_of", "write_json"]
+__all__ = ["COPY", "environment", "layer_arguments", "seconds_of", "shape_of", "write_json"]
+
+COPY = 4.3e12
+"""Bytes a second of a device copy on an H200, read and written."""
+
+
+def layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a layer is quantised and adapted, and where results go: the same flags everywhere."""
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--omega", type=float, default=14.0)
+    parser.add_argument("--json", type=Path, help="write everything here")
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """(in, out) of "5120x13824"."""
+    n_in, n_out = (int(part) for part in text.split("x"))
+    return n_in, n_out
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 9) -> float:
@@ -39,8 +58,11 @@ def environment() -> dict[str, str]:
     return {"card": device.device_kind, "capability": str(getattr(device, "compute_capability", "")), **versions}
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write results with the environment they were made in; beside, then renamed."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({"environment": environment(), **results}, indent=1))
-    beside.replace(path)
+def write_json(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write results to ``options.json``, if given, with all settings and the environment; beside, then renamed."""
+    if options.json is None:
+        return
+    settings = {key: value for key, value in vars(options).items() if key != "json"}
+    beside = options.json.with_suffix(".part")
+    beside.write_text(json.dumps({"environment": environment(), "settings": settings, **results}, indent=1))
+    beside.replace(options.json)

@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, seconds_of, write_json
+from common import COPY, environment, seconds_of, write_json
 from flax import nnx
 from models import random_decoder
 
@@ -27,7 +27,6 @@ from lotaqaf_jax.generation import generate
 from lotaqaf_jax.models import Decoder, QuantSpec
 from lotaqaf_jax.models.presets import preset
 
-COPY = 4.3e12
 PROMPT = 32
 
 
@@ -69,9 +68,7 @@ def main() -> None:
                 ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True
             )
         del model
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, {"settings": settings, "lines": lines})
+    write_json(options, {"lines": lines})
 
 
 if __name__ == "__main__":

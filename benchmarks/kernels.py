@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -24,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, seconds_of, write_json
+from common import COPY, environment, layer_arguments, seconds_of, shape_of, write_json
 from models import random_weight
 
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, weight_matrix
@@ -33,7 +32,6 @@ from lotaqaf_jax.models import QuantSpec
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.ternary import step_gradient
 
-COPY = 4.3e12
 CALLS = 24
 Call = Callable[[QuantizedWeight, TernaryAdapter, jax.Array], jax.Array]
 
@@ -90,24 +88,17 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["5120x13824", "4096x14336", "8192x28672"])
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--omega", type=float, default=14.0)
+    layer_arguments(parser)
     parser.add_argument("--only", nargs="+", help="some of adjusted, merge, dequantize, gradient")
-    parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
     print(environment())
     lines = []
     for shape in options.shapes:
-        n_in, n_out = (int(part) for part in shape.split("x"))
-        for line in measure(n_in, n_out, options):
+        for line in measure(*shape_of(shape), options):
             lines.append(line)
             times = ", ".join(f"{key} {line[key]:.1f}" for key in ("xla", "triton", "bytes"))
             print(f"{shape} {options.bits} bit g{options.group_size} {line['call']:10} {times}", flush=True)
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, {"settings": settings, "lines": lines})
+    write_json(options, {"lines": lines})
 
 
 if __name__ == "__main__":

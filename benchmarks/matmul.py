@@ -31,7 +31,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, seconds_of, write_json
+from common import COPY, environment, seconds_of, shape_of, write_json
 
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
 from lotaqaf_jax.kernels.matmul import packed_matmul
@@ -45,7 +45,6 @@ SHAPES = {
     "Llama-3.1-70B": ((8192, 28672), (28672, 8192)),
 }
 CACHE = 60e6  # bytes of L2; the copies of a weight together take four times as much
-COPY = 4.3e12  # bytes/s of a device copy on an H200, read and written
 CALLS = 200
 
 
@@ -238,7 +237,7 @@ def main() -> None:
     print(environment())
     lines = []
     for shape in options.shapes:
-        n_in, n_out = (int(part) for part in shape.split("x"))
+        n_in, n_out = shape_of(shape)
         for bits in options.bits:
             for group in options.groups:
                 for rows in options.rows:
@@ -246,8 +245,7 @@ def main() -> None:
                     lines.append(measure(layer, options.more, not options.no_peers))
                     print(table(lines[-1:]).splitlines()[1], flush=True)
     print(table(lines))
-    if options.json:
-        write_json(options.json, {"calls": CALLS, "lines": lines})
+    write_json(options, {"calls": CALLS, "lines": lines})
 
 
 if __name__ == "__main__":

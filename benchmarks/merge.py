@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-from common import environment, seconds_of, write_json
+from common import COPY, environment, layer_arguments, seconds_of, write_json
 from flax import nnx
 from models import random_decoder
 
 from lotaqaf_jax.models import QuantSpec, Ternary, add_adapters, linears, merge
 from lotaqaf_jax.models.presets import preset
 
-COPY = 4.3e12
-
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2.5-14b")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--omega", type=float, default=14.0)
-    parser.add_argument("--json", type=Path, help="write everything here")
+    layer_arguments(parser)
     options = parser.parse_args()
     print(environment())
     quant = QuantSpec(options.bits, options.group_size)
@@ -50,9 +43,7 @@ def main() -> None:
     words = sum(linear.packed.qweight.nbytes for _, linear in linears(model))
     line = {"merge_s": seconds_of(run, repeats=5), "bytes_s": 2 * words / COPY}
     print(", ".join(f"{key} {value:.4f}" for key, value in line.items()))
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, {"settings": settings, **line})
+    write_json(options, {**line})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the peak is what was needed
@@ -21,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the p
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, write_json
+from common import environment, layer_arguments, write_json
 from models import random_decoder
 
 from lotaqaf_jax.models import QuantSpec, add_adapters
@@ -72,14 +71,10 @@ def main() -> None:
     parser.add_argument("--model", default="qwen2.5-14b")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--omega", type=float, default=14.0)
+    layer_arguments(parser)
     parser.add_argument("--steps", type=int, default=6)
     # The peak of memory is one of the whole process: the leanest way first.
     parser.add_argument("--recompute", nargs="+", default=["block", "products"])
-    parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
     print(environment())
     lines = []
@@ -88,9 +83,7 @@ def main() -> None:
         print(
             ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()), flush=True
         )
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(options.json, {"settings": settings, "lines": lines})
+    write_json(options, {"lines": lines})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lotaqaf_jax.kernels.choose import AMPERE, compute_capability
+
 __all__ = ["causal_attention"]
 
 
@@ -27,7 +29,6 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array |
 
 def _fits_cudnn(q: jax.Array) -> bool:
     """cuDNN's flash attention takes 16-bit types and head sizes up to 128 in steps of 8, from Ampere on."""
-    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         return False
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0.0"))
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and float(capability) >= 8.0
+    return (compute_capability() or (0, 0)) >= AMPERE

@@ -12,7 +12,9 @@ import jax
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.launch import interpreted
 
-__all__ = ["Implementation", "choose", "missing_for_triton"]
+__all__ = ["AMPERE", "Implementation", "choose", "compute_capability", "missing_for_triton"]
+
+AMPERE = (8, 0)
 
 Implementation = Literal["xla", "triton"]
 
@@ -59,12 +61,21 @@ def missing_for_triton() -> str | None:
     if packages := _missing_packages():
         return f"{packages} cannot be imported (pip install 'lotaqaf_jax[gpu]')"
     device = jax.local_devices()[0]
+    capability = compute_capability()
+    if capability is None:
+        return f"the first device is {device.platform!r}, no NVIDIA card"
+    if capability < AMPERE:
+        return f"{device.device_kind} has compute capability {'.'.join(map(str, capability))} and they need 8.0"
+    return None
+
+
+def compute_capability() -> tuple[int, ...] | None:
+    """(major, minor) of the first device, or None where it is no NVIDIA card."""
+    device = jax.local_devices()[0]
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or capability is None:
-        return f"the first device is {device.platform!r}, no NVIDIA card"
-    if tuple(int(part) for part in str(capability).split(".")) < (8, 0):
-        return f"{device.device_kind} has compute capability {capability} and they need 8.0"
-    return None
+        return None
+    return tuple(int(part) for part in str(capability).split("."))
 
 
 def _missing_packages() -> str:

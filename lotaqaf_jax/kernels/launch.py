@@ -26,7 +26,6 @@ def launch(
     num_stages: int,
     fuse: bool = False,
     aliases: dict[int, int] | None = None,
-    zeroed: Sequence[int] = (),
     **constants: Any,
 ) -> list[jax.Array]:
     """Run ``kernel`` over ``grid`` and return its outputs.
@@ -41,11 +40,10 @@ def launch(
         num_stages: depth of software pipelining.
         fuse: whether a product and a sum may be contracted into one operation that rounds once.
         aliases: {input: output} that share a buffer.
-        zeroed: outputs that are set to zero before the kernel starts.
         constants: the kernel's ``tl.constexpr`` parameters.
     """
     if interpreted():
-        return _interpret(kernel, inputs, out, grid, aliases or {}, zeroed, constants)
+        return _interpret(kernel, inputs, out, grid, aliases or {}, constants)
     # Imported here, because it changes the environment and is needed on a card alone.
     import jax_triton
 
@@ -59,7 +57,6 @@ def launch(
         num_stages=num_stages,
         enable_fp_fusion=fuse,
         input_output_aliases=aliases,
-        zeroed_outputs=tuple(zeroed),
         name=kernel.fn.__name__,
         **_capability(),
         **constants,
@@ -77,7 +74,6 @@ def _interpret(
     out: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     aliases: dict[int, int],
-    zeroed: Sequence[int],
     constants: dict[str, Any],
 ) -> list[jax.Array]:
     arrays = [value for value in inputs if not isinstance(value, int | float)]
@@ -96,8 +92,7 @@ def _interpret(
         given = iter([tensor(array) for array in concrete])
         arguments = [value if isinstance(value, int | float) else next(given) for value in inputs]
         # Outputs start as garbage, as on a card, so that a kernel that leaves some out is found.
-        fill = [0 if index in zeroed else 77 for index in range(len(out))]
-        outputs = [tensor(np.full(s.shape, value).astype(s.dtype)) for s, value in zip(out, fill, strict=True)]
+        outputs = [tensor(np.full(s.shape, 77).astype(s.dtype)) for s in out]
         for source, target in aliases.items():
             outputs[target] = arguments[source]
         kernel[grid](*arguments, *outputs, **constants)

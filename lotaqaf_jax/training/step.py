@@ -79,15 +79,15 @@ def make_train_step(
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         # int8 has no gradient: take it at a float copy.
         floats = jax.tree.map(lambda array: array.astype(jnp.float32), state.adapters)
-        parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
-
-        def add(total: tuple[jax.Array, nnx.State], part: dict[str, jax.Array]) -> tuple[Any, None]:
-            loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, part)
-            return (total[0] + loss, jax.tree.map(jnp.add, total[1], gradients)), None
-
         if accumulate == 1:
             loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, batch)
         else:
+            parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
+
+            def add(total: tuple[jax.Array, nnx.State], part: dict[str, jax.Array]) -> tuple[Any, None]:
+                loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, part)
+                return (total[0] + loss, jax.tree.map(jnp.add, total[1], gradients)), None
+
             nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, floats))
             (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
         targets = jnp.maximum((batch["labels"][:, 1:] != IGNORE).sum(), 1).astype(jnp.float32)

@@ -36,7 +36,7 @@ def record(
     kernel: Any, *inputs: Any, out: Any, num_warps: int, num_stages: int, fuse: bool = False, **rest: Any
 ) -> list[Any]:
     """Stands in for a launch: compiles, and returns zeros."""
-    constants = {name: value for name, value in rest.items() if name not in ("grid", "aliases", "zeroed")}
+    constants = {name: value for name, value in rest.items() if name not in ("grid", "aliases")}
     names = kernel.arg_names
     kinds = dict(zip(names, [kind_of(value) for value in (*inputs, *out)], strict=False))
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in kinds.items() if kind.startswith("*")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-__all__ = ["AdjustBlocks", "can_pack", "merge_blocks", "period_of"]
+__all__ = ["AdjustBlocks", "can_pack", "merge_blocks", "period_of", "step_blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +50,8 @@ def merge_blocks(bits: int, group_size: int, *, packed: bool) -> AdjustBlocks | 
         return None
     blocks = _PACKED if packed else _PLAIN[bits]
     return dataclasses.replace(blocks, periods=max(blocks.periods, periods))
+
+
+def step_blocks(bits: int) -> AdjustBlocks:
+    """The tile of a merge that leaves groups out."""
+    return AdjustBlocks(16, 64 if bits == 3 else 128, 4)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lotaqaf_jax.kernels.adjust.blocks import can_pack, merge_blocks, period_of
+from lotaqaf_jax.kernels.adjust.blocks import can_pack, merge_blocks, period_of, step_blocks
 from lotaqaf_jax.kernels.launch import interpreted, launch
 from lotaqaf_jax.quant.weight import QuantizedWeight, trivial_g_idx
 from lotaqaf_jax.ternary import Offset, inverse_rows, offset_of_sums, short_parts
@@ -57,39 +57,41 @@ def merged(
     """
     packed = can_pack(w.bits, a.shape[-1]) and not interpreted()
     blocks = None if w.g_idx is not None else merge_blocks(w.bits, w.group_size, packed=packed)
+    tiled = blocks is not None
     if blocks is None:
-        return _merged_by_parts(w, a, b, omega, offset, offset_dtype)
+        # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
+        packed, blocks = False, step_blocks(w.bits)
     n_in, n_out = w.shape
     rank = a.shape[-1]
     values, words = period_of(w.bits)
     grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
-    has_offset = offset != "none"
+    here = tiled and offset != "none"
     parts = short_parts(omega)
     new_words, mu, moved = launch(
         _kernels().merge_kernel,
         w.qweight,
         a.astype(jnp.float16),
         b.astype(jnp.float16),
-        inverse_rows(w, omega, offset) if has_offset else jnp.zeros((1, 1), jnp.float32),
+        inverse_rows(w, omega, offset) if here else jnp.zeros((1, 1), jnp.float32),
         float(math.floor(omega)),
         *[*parts, 0.0, 0.0][:3],
         out=[
             jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32),
-            jax.ShapeDtypeStruct((w.groups, n_out) if has_offset else (1, 1), offset_dtype),
+            jax.ShapeDtypeStruct((w.groups, n_out) if here else (1, 1), offset_dtype),
             jax.ShapeDtypeStruct(grid[::-1] if count else (1, 1), jnp.int32),
         ],
         grid=grid,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        aliases={0: 0} if in_place else None,
+        aliases={0: 0} if in_place and (here or offset == "none") else None,
         **_sizes(w),
         rank=rank,
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
-        RANK=_padded(rank),
-        GROUP=w.group_size,
-        OFFSET=has_offset,
+        RANK=max(16, 1 << (rank - 1).bit_length()),  # as tensor cores take it
+        GROUP=w.group_size if tiled else 0,
+        OFFSET=here,
         PARTS=len(parts),
         DROP=23 - min(jnp.finfo(offset_dtype).nmant, 22),
         FLUSH=jnp.dtype(offset_dtype) == jnp.float16,
@@ -98,18 +100,20 @@ def merged(
         BLOCK_P=blocks.periods,
         BLOCK_N=blocks.columns,
     )
-    return dataclasses.replace(w, qweight=new_words, offset=mu if has_offset else None), moved
+    merged_offset: jax.Array | None = None
+    if here:
+        merged_offset = mu
+    elif offset != "none":
+        # The sum of D over a group is the sum of A's rows times B: exact, and small.
+        sum_a = w.group_sum(a.astype(jnp.float32))
+        sum_d = jnp.matmul(sum_a, b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        merged_offset = offset_of_sums(w, sum_d, _group_steps(w, new_words), omega, offset, offset_dtype)
+    return dataclasses.replace(w, qweight=new_words, offset=merged_offset), moved
 
 
-def _sizes(w: QuantizedWeight, *, groups: bool = True) -> dict[str, Any]:
+def _sizes(w: QuantizedWeight) -> dict[str, Any]:
     """Sizes as constants: what divides them decides how wide loads are, and how values lie in registers."""
-    sizes = {"K": w.shape[0], "N": w.shape[1], "words": w.qweight.shape[0]}
-    return sizes | {"groups": w.groups} if groups else sizes
-
-
-def _padded(rank: int) -> int:
-    """The rank as tensor cores take it."""
-    return max(16, 1 << (rank - 1).bit_length())
+    return {"K": w.shape[0], "N": w.shape[1], "words": w.qweight.shape[0], "groups": w.groups}
 
 
 def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
@@ -146,42 +150,6 @@ def _rows_of_group(w: QuantizedWeight) -> int:
     if w.g_idx is not None:
         return 0
     return w.shape[0] if w.group_size == -1 else w.group_size
-
-
-def _merged_by_parts(
-    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
-) -> tuple[QuantizedWeight, jax.Array]:
-    n_in, n_out = w.shape
-    rank = a.shape[-1]
-    values, words = period_of(w.bits)
-    periods, columns = 16, 128 if w.bits != 3 else 64
-    grid = (-(-n_out // columns), -(-n_in // (periods * values)))
-    new_words, moved = launch(
-        _kernels().step_kernel,
-        w.qweight,
-        a.astype(jnp.float16),
-        b.astype(jnp.float16),
-        float(math.floor(omega)),
-        out=[jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32), jax.ShapeDtypeStruct(grid[::-1], jnp.int32)],
-        grid=grid,
-        num_warps=4,
-        num_stages=1,
-        **_sizes(w, groups=False),
-        rank=rank,
-        BITS=w.bits,
-        VALUES=values,
-        WORDS=words,
-        RANK=_padded(rank),
-        BLOCK_P=periods,
-        BLOCK_N=columns,
-    )
-    mu = None
-    if offset != "none":
-        # The sum of D over a group is the sum of A's rows times B: exact, and small.
-        sum_a = w.group_sum(a.astype(jnp.float32))
-        sum_d = jnp.matmul(sum_a, b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        mu = offset_of_sums(w, sum_d, _group_steps(w, new_words), omega, offset, offset_dtype)
-    return dataclasses.replace(w, qweight=new_words, offset=mu), moved
 
 
 def _group_steps(w: QuantizedWeight, new_words: jax.Array) -> jax.Array:

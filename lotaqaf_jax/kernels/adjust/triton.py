@@ -15,7 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dequantize_kernel", "group_steps_kernel", "merge_kernel", "step_kernel"]
+from lotaqaf_jax.kernels.words import neighbours
+
+__all__ = ["dequantize_kernel", "group_steps_kernel", "merge_kernel"]
 
 
 @triton.jit
@@ -23,12 +25,7 @@ def _read(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr):
     """Value j of every period, int32."""
     first: tl.constexpr = (j * BITS) // 32
     shift: tl.constexpr = (j * BITS) % 32
-    if first == 0:
-        low, high = w0, w1
-    elif first == 1:
-        low, high = w1, w2
-    else:
-        low, high = w2, w2
+    low, high = neighbours(w0, w1, w2, first)
     value = low >> shift
     if shift + BITS > 32:
         value |= high << (32 - shift)
@@ -266,13 +263,14 @@ def merge_kernel(
     PACKED: tl.constexpr, COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Merged words and offset of one tile, which holds whole groups of GROUP consecutive rows."""
+    """Merged words of one tile, and its offset, for which it holds whole groups of GROUP consecutive rows.
+
+    Without OFFSET no group matters, and GROUP is not looked at.
+    """
     tile = tl.program_id(1)
     period = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < N
-    PERIODS: tl.constexpr = GROUP // VALUES
-    GROUPS: tl.constexpr = BLOCK_P // PERIODS
     w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
     if PACKED:
         n0, sum_d, sum_t, moved = _take_steps_packed(
@@ -288,6 +286,8 @@ def merge_kernel(
         count = tl.sum(tl.sum(moved.to(tl.float32), axis=1), axis=0).to(tl.int32)
         tl.store(moved_ptr + tile * tl.num_programs(0) + tl.program_id(0), count)
     if OFFSET:
+        PERIODS: tl.constexpr = GROUP // VALUES
+        GROUPS: tl.constexpr = BLOCK_P // PERIODS
         if PACKED:
             # Sums over groups as products with ones: every row of a group gets its group's sum.
             group_of = tl.arange(0, BLOCK_P) // PERIODS
@@ -310,27 +310,6 @@ def merge_kernel(
         mu = _round(total * inverse[:, None], DROP, FLUSH)
         at = offset_ptr + group[:, None] * N + n[None, :]
         tl.store(at, mu.to(offset_ptr.dtype.element_ty), mask=first[:, None] & mask_n[None, :])
-
-
-@triton.jit
-def step_kernel(
-    words_ptr, a_ptr, b_ptr,
-    limit,
-    new_words_ptr, moved_ptr,
-    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, rank: tl.constexpr,
-    BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Merged words alone, which depend on no group: for groups that do not fill a tile, and act-order."""
-    period = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < N
-    w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
-    w0, w1, w2, _, _, moved = _take_steps(
-        w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
-    )
-    tl.store(moved_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(moved, 1), 0))
-    _store_words(new_words_ptr, w0, w1, w2, period, n, mask_n, words, N, WORDS)
 
 
 @triton.jit

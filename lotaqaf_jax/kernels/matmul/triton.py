@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lotaqaf_jax.kernels.words import neighbours
+
 __all__ = ["matmul_kernel"]
 
 
@@ -31,12 +33,7 @@ def _halves(w0, w1, w2, i: tl.constexpr, BITS: tl.constexpr):
     first: tl.constexpr = (i * BITS) // 16
     shift: tl.constexpr = (i * BITS) % 16
     # Word k holds the bits 16k to 16k + 15 of both halves of the period.
-    if first == 0:
-        low, high = w0, w1
-    elif first == 1:
-        low, high = w1, w2
-    else:
-        low, high = w2, w2
+    low, high = neighbours(w0, w1, w2, first)
     value = low >> shift
     if shift + BITS > 16:
         kept: tl.constexpr = (2 ** (16 - shift) - 1) * 0x10001
