@@ -1,6 +1,6 @@
 """Run every kernel on this machine's card over widths, groups, orders and odd sizes; one line a case.
 
-    python benchmarks/check_kernels.py
+    python benchmarks/check_kernels.py [--jobs 4]
 
 Weights and merged words must equal the plain JAX implementation bit for bit. Gradients and products are compared with
 it, or with float64, by relative error (norm of the difference over the norm). Exit status 1 if a case fails.
@@ -8,16 +8,22 @@ it, or with float64, by relative error (norm of the difference over the norm). E
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the card
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import environment
 
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
 from lotaqaf_jax.kernels.choose import choose, missing_for_triton
@@ -65,34 +71,42 @@ def error(found: Any, truth: Any) -> float:
     return max(float(np.linalg.norm(f - t) / np.linalg.norm(t)) for f, t in wide)
 
 
+def check(number: int) -> tuple[bool, str]:
+    """Whether one case passes, and its line."""
+    grid, (offset, dtype), (rank, omega) = GRIDS[number], RULES[number % 4], RANKS[number % 3]
+    rng = np.random.default_rng(number)
+    w = quantized(random_numbers(rng, grid), grid)
+    a, b = random_ternary(rng, grid.n_in, rank), random_ternary(rng, rank, grid.n_out)
+    adapter = TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, offset, jnp.dtype(dtype))
+    x = jnp.asarray(rng.normal(size=(64, grid.n_in)), jnp.bfloat16)
+    dy = jnp.asarray(rng.normal(size=(64, grid.n_out)), jnp.bfloat16)
+    truth, found = (jax.device_get(outputs(one)(w, adapter, x, dy)) for one in ("xla", "triton"))
+    wrong = [key for key in ("float32", "bfloat16", "words", "mu") if not _equal(found[key], truth[key])]
+    wrong += ["merged"] if not _equal(found["merged"], found["bfloat16"]) else []
+    exact = np.asarray(x, np.float64) @ np.asarray(truth["float32"], np.float64)
+    errors = {
+        "gradients": error(found["gradients"], truth["gradients"]),
+        "product": error(found["product"], [exact[:rows] for rows in (1, 16, 64)]),
+    }
+    wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
+    numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
+    name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
+    return not wrong, f"{name} {numbers:40} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+
+
 def main() -> None:
     """Run all cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=4, help="processes that share the card; most time is compilation")
+    options = parser.parse_args()
     if missing := missing_for_triton():
         sys.exit(f"no Triton kernels to check: {missing}")
-    print(f"{jax.local_devices()[0].device_kind}, jax {jax.__version__}, implementation {choose()}")
-    plain, fused = outputs("xla"), outputs("triton")
+    print(f"{environment()}, implementation {choose()}")
     failed = 0
-    for number, grid in enumerate(GRIDS):
-        (offset, dtype), (rank, omega) = RULES[number % 4], RANKS[number % 3]
-        rng = np.random.default_rng(number)
-        w = quantized(random_numbers(rng, grid), grid)
-        a, b = random_ternary(rng, grid.n_in, rank), random_ternary(rng, rank, grid.n_out)
-        adapter = TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, offset, jnp.dtype(dtype))
-        x = jnp.asarray(rng.normal(size=(64, grid.n_in)), jnp.bfloat16)
-        dy = jnp.asarray(rng.normal(size=(64, grid.n_out)), jnp.bfloat16)
-        truth, found = (jax.device_get(run(w, adapter, x, dy)) for run in (plain, fused))
-        wrong = [key for key in ("float32", "bfloat16", "words", "mu") if not _equal(found[key], truth[key])]
-        wrong += ["merged"] if not _equal(found["merged"], found["bfloat16"]) else []
-        exact = np.asarray(x, np.float64) @ np.asarray(truth["float32"], np.float64)
-        errors = {
-            "gradients": error(found["gradients"], truth["gradients"]),
-            "product": error(found["product"], [exact[:rows] for rows in (1, 16, 64)]),
-        }
-        wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
-        failed += bool(wrong)
-        numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
-        name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
-        print(f"{name} {numbers:40} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}", flush=True)
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for passed, line in pool.map(check, range(len(GRIDS))):
+            failed += not passed
+            print(line, flush=True)
     print(f"{len(GRIDS)} cases, {failed} failed")
     sys.exit(1 if failed else 0)
 

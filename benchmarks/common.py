@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import gzip
 import json
+import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -13,7 +17,17 @@ from typing import Any
 
 import jax
 
-__all__ = ["COPY", "environment", "layer_arguments", "seconds_of", "shape_of", "write_json"]
+__all__ = [
+    "COPY",
+    "environment",
+    "kernel_times",
+    "layer_arguments",
+    "print_kernels",
+    "print_line",
+    "seconds_of",
+    "shape_of",
+    "write_json",
+]
 
 COPY = 4.3e12
 """Bytes a second of a device copy on an H200, read and written."""
@@ -44,6 +58,47 @@ def seconds_of(run: Callable[[], Any], repeats: int = 9) -> float:
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def kernel_times(run: Callable[[], Any]) -> tuple[dict[str, tuple[int, float]], float]:
+    """What the device does while ``run`` runs: {kernel: (calls, seconds)}, and the seconds from first to last.
+
+    By JAX's profiler. Numbers are taken off the names, so that the copies of an operation count as one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=False):
+            run()
+        (trace,) = Path(folder).rglob("*.trace.json.gz")
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    devices = {e["pid"] for e in events if e.get("name") == "process_name" and "/device:GPU" in e["args"]["name"]}
+    streams = {
+        (e["pid"], e["tid"])
+        for e in events
+        if e.get("name") == "thread_name" and e["pid"] in devices and "Stream" in e["args"]["name"]
+    }
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    ends = []
+    for event in events:
+        if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams:
+            found[re.sub(r"[._]?\d+", "", event["name"])[:60]].append(event["dur"] / 1e6)
+            ends += [event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6]
+    return {name: (len(times), sum(times)) for name, times in found.items()}, max(ends) - min(ends)
+
+
+def print_kernels(run: Callable[[], Any], most: int = 40) -> dict[str, Any]:
+    """Print :func:`kernel_times` as a table, the longest first, and return it."""
+    kernels, seconds = kernel_times(run)
+    busy = sum(time for _, time in kernels.values())
+    print(f"  {1e3 * seconds:.2f} ms from first to last kernel, {1e3 * busy:.2f} ms of them in kernels")
+    for name, (calls, taken) in sorted(kernels.items(), key=lambda item: -item[1][1])[:most]:
+        print(f"  {1e3 * taken:9.3f} ms {calls:6d} calls {1e6 * taken / calls:9.1f} us  {name}")
+    return {"seconds": seconds, "kernels": kernels}
+
+
+def print_line(line: dict[str, Any]) -> None:
+    """Names and numbers of one line of a table, at once."""
+    shown = {name: value for name, value in line.items() if name != "profile"}
+    print(", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
 def environment() -> dict[str, str]:

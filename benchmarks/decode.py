@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import COPY, environment, seconds_of, write_json
+from common import COPY, environment, print_kernels, print_line, seconds_of, write_json
 from flax import nnx
 from models import random_decoder
 
@@ -30,7 +30,7 @@ from lotaqaf_jax.models.presets import preset
 PROMPT = 32
 
 
-def measure(model: Decoder, batch: int, few: int, many: int) -> dict[str, Any]:
+def measure(model: Decoder, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a decoding step and tokens per second."""
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, PROMPT), dtype=np.int32)
     lengths = np.full(batch, PROMPT, np.int32)
@@ -38,11 +38,13 @@ def measure(model: Decoder, batch: int, few: int, many: int) -> dict[str, Any]:
     def run(tokens: int) -> None:
         generate(model, prompt, lengths, max_new_tokens=tokens)
 
+    few, many = options.tokens
     short, long = (seconds_of(lambda n=n: run(n), repeats=3) for n in (few, many))
     step = (long - short) / (many - few)
     # Every weight but the embedding is read for a token.
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) - model.embed_tokens.weight.get_value().nbytes
-    return {"batch": batch, "step_ms": 1e3 * step, "tokens_per_s": batch / step, "bytes": batch * COPY / read}
+    line = {"batch": batch, "step_ms": 1e3 * step, "tokens_per_s": batch / step, "bytes": batch * COPY / read}
+    return line | ({"profile": print_kernels(lambda: run(few))} if options.profile else {})
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--tokens", nargs=2, type=int, default=[64, 192], help="lengths of the two runs")
+    parser.add_argument("--profile", action="store_true", help="also the device's time by kernel, of the short run")
     parser.add_argument("--dense", action="store_true", help="also the same model in bfloat16")
     parser.add_argument("--json", type=Path, help="write everything here")
     options = parser.parse_args()
@@ -62,11 +65,9 @@ def main() -> None:
     for quant in quants:
         model = random_decoder(preset(options.model), quant, stored=jnp.bfloat16)
         for batch in options.batch:
-            line = {"weights": f"{quant.bits} bit" if quant else "bfloat16", **measure(model, batch, *options.tokens)}
+            line = {"weights": f"{quant.bits} bit" if quant else "bfloat16", **measure(model, batch, options)}
             lines.append(line)
-            print(
-                ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True
-            )
+            print_line(line)
         del model
     write_json(options, {"lines": lines})
 

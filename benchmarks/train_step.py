@@ -20,7 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the p
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment, layer_arguments, write_json
+from common import environment, layer_arguments, print_kernels, print_line, write_json
 from models import random_decoder
 
 from lotaqaf_jax.models import QuantSpec, add_adapters
@@ -59,6 +59,8 @@ def measure(options: argparse.Namespace, recompute: Any) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     line["step_s"] = statistics.median(times[1:])
     line["tokens_per_s"] = options.rows * options.length / line["step_s"]
+    if options.profile:
+        line["profile"] = print_kernels(lambda: jax.block_until_ready(compiled(state, frozen, batch)))
     memory = jax.local_devices()[0].memory_stats() or {}
     line["peak_gib"] = memory.get("peak_bytes_in_use", 0) / 2**30
     line["loss"] = loss
@@ -75,14 +77,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     # The peak of memory is one of the whole process: the leanest way first.
     parser.add_argument("--recompute", nargs="+", default=["block", "products"])
+    parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
     options = parser.parse_args()
     print(environment())
     lines = []
     for recompute in options.recompute:
         lines.append(measure(options, recompute))
-        print(
-            ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in lines[-1].items()), flush=True
-        )
+        print_line(lines[-1])
     write_json(options, {"lines": lines})
 
 

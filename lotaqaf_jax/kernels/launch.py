@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +35,7 @@ def launch(
 
     Args:
         kernel: a ``triton.jit`` function whose parameters are the inputs, one pointer for every output, and constants.
+            It must not use the pointer of an output that shares an input's buffer: jax-triton passes none from 0.4 on.
             Where TRITON_INTERPRET=1 was set before it was imported, Triton's interpreter runs it, which needs torch.
         inputs: arrays (passed as pointers) and numbers.
         out: shapes and types of the outputs.
@@ -39,7 +43,7 @@ def launch(
         num_warps: warps of a program.
         num_stages: depth of software pipelining.
         fuse: whether a product and a sum may be contracted into one operation that rounds once.
-        aliases: {input: output} that share a buffer.
+        aliases: {input: output} that share a buffer; the inputs before it are arrays.
         constants: the kernel's ``tl.constexpr`` parameters.
     """
     if interpreted():
@@ -47,20 +51,29 @@ def launch(
     # Imported here, because it changes the environment and is needed on a card alone.
     import jax_triton
 
-    return jax_triton.triton_call(
-        # A Python float would be passed in double precision.
-        *(np.float32(value) if isinstance(value, float) else value for value in inputs),
+    # A Python float would be passed in double precision.
+    values = [np.float32(value) if isinstance(value, float) else value for value in inputs]
+    call = functools.partial(
+        jax_triton.triton_call,
+        *values,
         kernel=kernel,
-        out_shape=list(out),
         grid=grid,
         num_warps=num_warps,
         num_stages=num_stages,
-        enable_fp_fusion=fuse,
-        input_output_aliases=aliases,
         name=kernel.fn.__name__,
         **_capability(),
         **constants,
     )
+    if "out_type" not in inspect.signature(jax_triton.triton_call).parameters:  # before 0.4
+        return call(out_shape=list(out), enable_fp_fusion=fuse, input_output_aliases=aliases)
+    # Here a shared buffer has the input's pointer only, so the output's parameter is given a number nobody reads.
+    names = kernel.arg_names[len(values) : len(values) + len(out)]
+    unused = {names[target]: 0 for target in (aliases or {}).values()}
+    options = {"enable_fp_fusion": fuse}
+    with warnings.catch_warnings():
+        # Its replacement, a Ref, is no value that a custom_vjp or a scan could hand on.
+        warnings.filterwarnings("ignore", message="input_output_aliases is deprecated", category=DeprecationWarning)
+        return call(out_type=list(out), backend_options=options, input_output_aliases=aliases, **unused)
 
 
 def _capability() -> dict[str, int]:

@@ -66,6 +66,7 @@ def merged(
     values, words = period_of(w.bits)
     grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
     here = tiled and offset != "none"
+    in_place = in_place and (here or offset == "none")
     parts = short_parts(omega)
     new_words, mu, moved = launch(
         _kernels().merge_kernel,
@@ -83,7 +84,7 @@ def merged(
         grid=grid,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
-        aliases={0: 0} if in_place and (here or offset == "none") else None,
+        aliases={0: 0} if in_place else None,
         **_sizes(w),
         rank=rank,
         BITS=w.bits,
@@ -97,6 +98,7 @@ def merged(
         FLUSH=jnp.dtype(offset_dtype) == jnp.float16,
         PACKED=packed,
         COUNT=count,
+        IN_PLACE=in_place,
         BLOCK_P=blocks.periods,
         BLOCK_N=blocks.columns,
     )

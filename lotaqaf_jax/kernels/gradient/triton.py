@@ -15,7 +15,10 @@ def step_gradient_kernel(
     K: tl.constexpr, N: tl.constexpr, groups: tl.constexpr,
     GROUP: tl.constexpr, OFFSET: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of GROUPS whole groups of GROUP consecutive rows; ``share`` is c over the rows of each group."""
+    """One tile of GROUPS whole groups of GROUP consecutive rows; ``share`` is c over the rows of each group.
+
+    In place: ``dd_ptr`` is not used.
+    """
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     row = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -29,4 +32,4 @@ def step_gradient_kernel(
     if OFFSET:
         share = tl.load(share_ptr + group, mask=group < groups, other=0.0)
         dd = dd + (tl.sum(dd, axis=1) * share[:, None])[:, None, :]
-    tl.store(dd_ptr + at, dd.to(dd_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + at, dd.to(dweight_ptr.dtype.element_ty), mask=mask)
