@@ -185,18 +185,18 @@ def _load_round(
     EVEN: tl.constexpr, LINEAR: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Words, z, mu and s of round ``at``, the ``r``-th; s and mu are 0 outside of the matrix, the others anything."""
-    word_at += at * (SPAN * WORDS * N)
+    word_at = tl.max_contiguous(word_at + at * (SPAN * WORDS * N), (2, 1, 1, 4))
     if LINEAR:
         # Every round moves on by as many groups.
         z_group = first + at * (SPAN * VALUES // GROUP)
         s_group = of_part + at * (SPAN * VALUES // GROUP)
-        zero_at += at * ((SPAN * VALUES // GROUP) * N)
-        scale_at += at * ((SPAN * VALUES // GROUP) * N)
+        zero_at = tl.max_contiguous(zero_at + at * ((SPAN * VALUES // GROUP) * N), (2, 1, 1, 4))
+        scale_at = tl.max_contiguous(scale_at + at * ((SPAN * VALUES // GROUP) * N), (2, 1, 1, 4))
     else:
         z_group = ((first + at * SPAN).to(tl.uint32) * VALUES // GROUP).to(tl.int32)
         s_group = ((of_part + at * SPAN * VALUES).to(tl.uint32) // GROUP).to(tl.int32)
-        zero_at += z_group * N
-        scale_at += s_group * N
+        zero_at = tl.max_contiguous(zero_at + z_group * N, (2, 1, 1, 4))
+        scale_at = tl.max_contiguous(scale_at + s_group * N, (2, 1, 1, 4))
     if EVEN:
         there = r < ROUNDS
         more = there
@@ -236,10 +236,13 @@ def _load_x(
     r, at, x_ptr, x_at, xk, K, VALUES: tl.constexpr, SPAN: tl.constexpr, EVEN: tl.constexpr, ROUNDS: tl.constexpr
 ):  # fmt: skip
     """x of round ``at``, the ``r``-th; 0 beyond K."""
+    J: tl.constexpr = x_at.shape[4] // 32
+    xk += at * (SPAN * VALUES)
+    x_at = tl.max_contiguous(x_at + at * (SPAN * VALUES), (2, 1, 1, 1, J))
     if EVEN:
-        return tl.load(x_ptr + (x_at + at * (SPAN * VALUES)), mask=r < ROUNDS)
+        return tl.load(x_ptr + x_at, mask=r < ROUNDS)
     else:
-        return tl.load(x_ptr + (x_at + at * (SPAN * VALUES)), mask=xk + at * (SPAN * VALUES) < K, other=0.0)
+        return tl.load(x_ptr + x_at, mask=xk < K, other=0.0)
 
 
 @triton.jit
@@ -345,7 +348,9 @@ def matmul_kernel(
     J: tl.constexpr = min(VALUES, 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
     SPAN: tl.constexpr = SPLIT * WARPS * STEPS * 4  # periods in a round
     # Axes (warp, step, tile, place). Triton deals the lanes of a warp to the last axis, four words to each: lane 4a + p
-    # takes columns 4a to 4a + 3 of period p.
+    # takes columns 4a to 4a + 3 of period p. The warps of a program it deals to axes by how many neighbours these have
+    # in memory; of several without any, Triton 3.6 takes the first and 3.7 the last, unless one is said to have 2: the
+    # marks below say so of the first. Only the last axis decides how wide a load is. A sum loses the mark.
     worker = tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None, None]
     step = tl.arange(0, STEPS)[None, :, None, None]
     tile = tl.arange(0, TILES)[None, None, :, None]
@@ -353,7 +358,7 @@ def matmul_kernel(
     p = (place // 4) % 4
     n = tl.program_id(0) * COLUMNS + tile * 32 + (place // 16) * 4 + place % 4
     word = ((worker * STEPS + step) * 4 + p) * WORDS
-    word_at = word * N + n
+    word_at = tl.max_contiguous(word * N + n, (2, 1, 1, 4))
     # A period of the first step, and the first value of every part: their groups, if LINEAR.
     first = worker * (STEPS * 4) + p
     of_part = worker * (STEPS * 4 * VALUES) + tl.arange(0, PARTS)[None, :, None, None] * GROUP + place * 0
@@ -362,8 +367,8 @@ def matmul_kernel(
     if LINEAR:
         first = first * VALUES // GROUP
         of_part = of_part // GROUP
-        zero_at += first * N
-        scale_at += of_part * N
+        zero_at = tl.max_contiguous(zero_at + first * N, (2, 1, 1, 4))
+        scale_at = tl.max_contiguous(scale_at + of_part * N, (2, 1, 1, 4))
     # x has the axes (warp, step, ROWS/8, VALUES/J, place), the place being (row in eight, period, value). Rows that do
     # not exist are copies of the last, which nobody reads.
     xworker = tl.program_id(1) * WARPS + tl.arange(0, WARPS)[:, None, None, None, None]
@@ -373,7 +378,8 @@ def matmul_kernel(
     xplace = tl.arange(0, 32 * J)[None, None, None, None, :]
     xp = (xplace // J) % 4
     xk = ((xworker * STEPS + xstep) * 4 + xp) * VALUES + jh * J + xplace % J
-    x_at = tl.minimum(tl.program_id(2) * ROWS + eights * 8 + xplace // (4 * J), rows - 1) * K + xk
+    row = tl.minimum(tl.program_id(2) * ROWS + eights * 8 + xplace // (4 * J), rows - 1)
+    x_at = tl.max_contiguous(row * K + xk, (2, 1, 1, 1, J))
     if LAYER:
         layer = tl.load(layer_ptr).to(tl.int64)
         words_ptr += layer * words * N
