@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--shapes 5120x13824 ...] [--bits 4]
 
 * adjusted: adapters to the adjusted bfloat16 weight; merge: to merged words and offset; dequantize: merged words to
-  bfloat16; gradient: the gradient of D from that of the weight, bfloat16.
+  bfloat16; gradient: the gradients of the adapters from that of the weight, bfloat16.
 * bytes: what reading the words and writing the bfloat16 weight once takes at the bandwidth of a device copy.
 
 Every call is first compared with plain JAX: bit for bit, and the gradient by relative error. One compiled program makes
@@ -30,7 +30,7 @@ from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, weight_matrix
 from lotaqaf_jax.kernels.gradient import gpu as gradient_gpu
 from lotaqaf_jax.models import QuantSpec
 from lotaqaf_jax.quant import QuantizedWeight
-from lotaqaf_jax.ternary import step_gradient
+from lotaqaf_jax.ternary import adapter_gradients
 
 CALLS = 24
 Call = Callable[[QuantizedWeight, TernaryAdapter, jax.Array], jax.Array]
@@ -40,8 +40,9 @@ def calls(implementation: str) -> dict[str, Call]:
     """What is timed."""
 
     def gradient(w: QuantizedWeight, t: TernaryAdapter, dweight: jax.Array) -> jax.Array:
-        function: Any = gradient_gpu.step_gradient if implementation == "triton" else step_gradient
-        return function(w, dweight, omega=t.omega, offset=t.offset)
+        function: Any = gradient_gpu.adapter_gradients if implementation == "triton" else adapter_gradients
+        da, db = function(w, t.a, t.b, dweight, omega=t.omega, offset=t.offset)
+        return jnp.concatenate([da.T, db], axis=1)
 
     return {
         "adjusted": lambda w, t, _: weight_matrix(w, t, jnp.bfloat16, implementation),

@@ -1,10 +1,12 @@
 """Tokens per second and memory of one training step, on random packed weights of a real model's shapes.
 
     python benchmarks/train_step.py [--model qwen2.5-14b] [--rows 8] [--length 1024] [--recompute block products none]
+        [--float8 0 1]
 
-A line for each way of recomputing activations: seconds to compile, median seconds of a step after the first, tokens per
-second, and the peak of memory in use on the device. The step is the one that train.py runs: forward and backward pass
-over all layers, chunked loss, t-SignSGD. No token is padding, all are targets.
+A line for each way of recomputing activations, with and without float8 for the gradient of the weights: seconds to
+compile, median seconds of a step after the first, tokens per second, and the peak of memory in use on the device. The
+step is the one that train.py runs: forward and backward pass over all layers, chunked loss,
+t-SignSGD. No token is padding, all are targets.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ def batch_of(vocab_size: int, rows: int, length: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
-def measure(options: argparse.Namespace, recompute: Any) -> dict[str, Any]:
+def measure(options: argparse.Namespace, recompute: Any, float8: bool) -> dict[str, Any]:
     """One line of the table."""
     config = preset(options.model)
     quant = QuantSpec(options.bits, options.group_size)
-    model = add_adapters(random_decoder(config, quant, stored=jnp.bfloat16), options.rank, options.omega)
+    model = random_decoder(config, quant, stored=jnp.bfloat16)
+    model = add_adapters(model, options.rank, options.omega, float8=float8)
     graph, adapters, frozen = split_model(model)
     del model
     optimizer = t_signsgd(300, "reference", stacked_axes=1, check=False)
@@ -50,7 +53,7 @@ def measure(options: argparse.Namespace, recompute: Any) -> dict[str, Any]:
     step = make_train_step(graph, optimizer, recompute=recompute, packed=False)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
-    line: dict[str, Any] = {"recompute": recompute, "compile_s": time.perf_counter() - start}
+    line: dict[str, Any] = {"recompute": recompute, "float8": float8, "compile_s": time.perf_counter() - start}
     times = []
     for _ in range(options.steps + 1):
         start = time.perf_counter()
@@ -77,13 +80,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     # The peak of memory is one of the whole process: the leanest way first.
     parser.add_argument("--recompute", nargs="+", default=["block", "products"])
+    parser.add_argument("--float8", nargs="+", type=int, default=[0, 1], help="without (0) and with (1) float8 for dW")
     parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
     options = parser.parse_args()
     print(environment())
     lines = []
     for recompute in options.recompute:
-        lines.append(measure(options, recompute))
-        print_line(lines[-1])
+        for float8 in options.float8:
+            lines.append(measure(options, recompute, bool(float8)))
+            print_line(lines[-1])
     write_json(options, {"lines": lines})
 
 

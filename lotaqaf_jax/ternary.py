@@ -208,22 +208,10 @@ def adapter_gradients(
 
     Source: the authors' code; the paper does not spell it out.
     """
-    return project(a, b, step_gradient(w, dweight, omega=omega, offset=offset))
-
-
-def step_gradient(w: QuantizedWeight, dweight: jax.Array, *, omega: float, offset: Offset) -> jax.Array:
-    """dD = s * dW' + c * groupmean(s * dW'), computed in float32 and rounded to the type of ``dweight``; (in, out).
-
-    Args: as :func:`adapter_gradients`.
-    """
     dd = w.spread(w.scales).astype(jnp.float32) * dweight.astype(jnp.float32)
     if offset != "none":
         dd = dd + w.spread(offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
-    return dd.astype(dweight.dtype)
-
-
-def project(a: jax.Array, b: jax.Array, dd: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """dA = dD @ B.T and dB = A.T @ dD in float32, from A (in, rank), B (rank, out) and dD (in, out)."""
+    dd = dd.astype(dweight.dtype)
     a, b = a.astype(dd.dtype), b.astype(dd.dtype)
     wide = functools.partial(
         jax.lax.dot_general,

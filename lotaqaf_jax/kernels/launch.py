@@ -96,11 +96,7 @@ def _interpret(
 
         def tensor(array: Any) -> Any:
             array = np.array(array)  # A copy: what JAX passes may not be written to.
-            if array.dtype.name == "bfloat16":
-                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            if array.dtype == np.uint32:
-                return torch.from_numpy(array.view(np.int32)).view(torch.uint32)
-            return torch.from_numpy(array)
+            return torch.from_numpy(array.view(_bits(array.dtype))).view(getattr(torch, array.dtype.name))
 
         given = iter([tensor(array) for array in concrete])
         arguments = [value if isinstance(value, int | float) else next(given) for value in inputs]
@@ -109,9 +105,14 @@ def _interpret(
         for source, target in aliases.items():
             outputs[target] = arguments[source]
         kernel[grid](*arguments, *outputs, **constants)
+        # By their bits, since numpy lacks some of the types.
         return [
-            o.view(torch.int16).numpy().view(s.dtype) if s.dtype == jax.numpy.bfloat16 else o.numpy()
-            for o, s in zip(outputs, out, strict=True)
+            o.view(getattr(torch, _bits(s.dtype).name)).numpy().view(s.dtype) for o, s in zip(outputs, out, strict=True)
         ]
 
     return list(jax.pure_callback(run, list(out), *arrays))
+
+
+def _bits(dtype: np.dtype) -> np.dtype:
+    """The integer type of the same size, which numpy and torch both have."""
+    return np.dtype({1: np.int8, 2: np.int16, 4: np.int32}[dtype.itemsize])

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lotaqaf_jax.kernels.choose import choose
+from lotaqaf_jax.kernels.float8.product import float8_weight_gradient
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, adjusted_weight, project, step_gradient
+from lotaqaf_jax.ternary import Offset, adapter_gradients, adjusted_weight
 
 __all__ = [
     "TernaryAdapter",
@@ -40,8 +41,10 @@ class TernaryAdapter:
 
     ``a`` (in, rank) and ``b`` (rank, out) hold values in {-1, 0, 1}, int8 at rest, float where gradients are taken;
     ``omega``, ``offset`` and ``offset_dtype`` are static, see :mod:`lotaqaf_jax.ternary`. Arrays may carry leading
-    axes that stack layers. ``rebuild``, static too, says whether the backward pass builds W' again; to keep it instead
-    saves time where the forward pass is itself computed again just before, as under ``jax.checkpoint``.
+    axes that stack layers. Two more static fields are about the backward pass. ``rebuild`` says whether it builds W'
+    again; to keep it instead saves time where the forward pass is itself computed again just before, as under
+    ``jax.checkpoint``. ``float8`` lets it round x and dy to 8 bits for the product dW' = x.T @ dy alone, where x
+    has 16.
     """
 
     a: jax.Array
@@ -50,6 +53,7 @@ class TernaryAdapter:
     offset: Offset = dataclasses.field(metadata={"static": True})
     offset_dtype: Any = dataclasses.field(metadata={"static": True})
     rebuild: bool = dataclasses.field(default=True, metadata={"static": True})
+    float8: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rank(self) -> int:
@@ -145,19 +149,25 @@ def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.
     if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
         return dx, None, None
     rows = math.prod(x.shape[:-1])
-    # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at half
-    # the memory.
-    dweight = jax.lax.dot_general(x.reshape(rows, -1), dy.reshape(rows, -1), (((0,), (0,)), ((), ())))
-    rule: dict[str, Any] = {"omega": adapter.omega, "offset": adapter.offset}
-    if implementation == "triton" and (gradient := _gradient_kernel()).fits_tiles(w):
-        dd = gradient.step_gradient(w, dweight, **rule)
+    x, dy = x.reshape(rows, -1), dy.reshape(rows, -1)
+    factor = None
+    if adapter.float8 and x.dtype.itemsize == 2:
+        dweight, factor = float8_weight_gradient(x, dy, implementation)
     else:
-        dd = step_gradient(w, dweight, **rule)
-    da, db = project(adapter.a, adapter.b, dd)
+        # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at
+        # half the memory.
+        dweight = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    rule: dict[str, Any] = {"omega": adapter.omega, "offset": adapter.offset}
+    if implementation == "triton" and (gradient := _gradient_kernels()).fits_tiles(w):
+        da, db = gradient.adapter_gradients(w, adapter.a, adapter.b, dweight, **rule)
+    else:
+        da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, **rule)
+    if factor is not None:
+        da, db = da * factor, db * factor
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
 
 
-def _gradient_kernel() -> Any:
+def _gradient_kernels() -> Any:
     from lotaqaf_jax.kernels.gradient import gpu
 
     return gpu

@@ -82,6 +82,7 @@ def add_adapters(
     *,
     seed: int = 0,
     offset_dtype: Any = jnp.float32,
+    float8: bool = False,
 ) -> Decoder:
     """Put fresh ternary adapters on the quantised projections of ``model``; its output stays the same bit for bit.
 
@@ -94,6 +95,8 @@ def add_adapters(
             16 bit has no integers to move and is passed over.
         seed: each adapter depends on this and on its module's name alone.
         offset_dtype: the type mu will be stored in: float32, bfloat16 or float16.
+        float8: take the adapters' gradients from a product of numbers of 8 bits, see
+            :mod:`lotaqaf_jax.kernels.float8`; in 16-bit training only.
 
     Returns:
         A new model over the same weights, with int8 adapters.
@@ -115,7 +118,7 @@ def add_adapters(
         n_in, n_out = linear.packed.shape
         labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
         a, b = _init_stack(seed, labels, n_in, n_out, rank)
-        linear.adapter = Ternary(TernaryAdapter(a, b, float(omega), offset, dtype))
+        linear.adapter = Ternary(TernaryAdapter(a, b, float(omega), offset, dtype, float8=float8))
         adapted += len(names)
     if not adapted:
         raise ConfigError(

@@ -167,15 +167,15 @@ class QuantizedWeight:
         return dataclasses.replace(self, qweight=pack(integers, self.bits, axis=-2))
 
     def spread(self, per_group: jax.Array) -> jax.Array:
-        """Give every input row the value of its group: (groups, out) -> (in, out)."""
+        """Give every input row the value of its group: (groups, columns) -> (in, columns), any number of columns."""
         if self.g_idx is not None:
             return jnp.take(per_group, self.g_idx, axis=-2)
         if self.groups == 1:
-            return jnp.broadcast_to(per_group, (*per_group.shape[:-2], *self.shape))
+            return jnp.broadcast_to(per_group, (*per_group.shape[:-2], self.shape[0], per_group.shape[-1]))
         return jnp.repeat(per_group, self.group_size, axis=-2)[..., : self.shape[0], :]
 
     def group_sum(self, per_row: jax.Array) -> jax.Array:
-        """Sum over the rows of each group: (in, out) -> (groups, out)."""
+        """Sum over the rows of each group: (in, columns) -> (groups, columns), any number of columns."""
         if self.g_idx is not None:
             return jax.ops.segment_sum(per_row, self.g_idx, num_segments=self.groups)
         rows = self.shape[0] if self.group_size == -1 else self.group_size

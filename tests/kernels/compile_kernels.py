@@ -65,7 +65,8 @@ def main() -> None:
         merged, _ = adjust.merged(w, a, b, 14.0, "reference", jnp.float32, count=True)
         adjust.dequantized(merged, jnp.bfloat16)
         if gradient.fits_tiles(w):
-            gradient.step_gradient(w, jnp.zeros(w.shape, jnp.bfloat16), omega=14.0, offset="reference")
+            for dtype in (jnp.bfloat16, jnp.float32):
+                gradient.adapter_gradients(w, a, b, jnp.zeros(w.shape, dtype), omega=14.0, offset="reference")
             for rows in (1, 64):
                 matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), w, None, None)
     print(json.dumps(compiled))

@@ -170,35 +170,36 @@ def _unpack(x):
 
 
 @triton.constexpr_function
-def _step_assembly(shift, bits):
-    """PTX of :func:`_take_step`. $0 x, $1 sum_d, $2 sum_t, $3 moved; the same as inputs $4 to $7; $8 d; $9 limit."""
+def _step_assembly(shift, bits, count):
+    """PTX of :func:`_take_step`. $0 x, $1 sum_d, $2 sum_t, then moved if ``count``; the same as inputs; d; limit."""
     twice = 0x00010001
     field = (((1 << bits) - 1) << shift) * twice
     unit = (0x3C00 + (shift << 10)) * twice  # 2**shift, and its negative and inverse, as two float16 in a word
     negative = unit | 0x8000 * twice
     inverse = (0x3C00 - (shift << 10)) * twice
+    x, sum_d, sum_t, moved, d, limit = (f"${i}" for i in ((4, 5, 6, 7, 8, 9) if count else (3, 4, 5, 0, 6, 7)))
+    count_moved = f"abs.f16x2 m, m; fma.rn.f16x2 $3, m, part, {moved};" if count else ""
     return f"""{{
         .reg .b32 u, v, m, k, base, top, one, minus, up, down, part;
         mov.b32 base, 0x64006400; mov.b32 one, 0x3C003C00; mov.b32 minus, 0xBC00BC00;
         mov.b32 top, {0x6400 * twice | field}; mov.b32 up, {unit}; mov.b32 down, {negative}; mov.b32 part, {inverse};
-        fma.rn.sat.f16x2 u, $8, one, $9;
-        fma.rn.sat.f16x2 v, $8, minus, $9;
-        lop3.b32 m, $4, {field}, base, 0xEA;
+        fma.rn.sat.f16x2 u, {d}, one, {limit};
+        fma.rn.sat.f16x2 v, {d}, minus, {limit};
+        lop3.b32 m, {x}, {field}, base, 0xEA;
         fma.rn.f16x2 k, u, up, m;
         fma.rn.f16x2 k, v, down, k;
         max.f16x2 k, k, base;
         min.f16x2 k, k, top;
         sub.f16x2 m, k, m;
-        lop3.b32 $0, $4, k, {field}, 0xD8;
-        add.f16x2 $1, $5, $8;
-        fma.rn.f16x2 $2, m, part, $6;
-        abs.f16x2 m, m;
-        fma.rn.f16x2 $3, m, part, $7;
+        lop3.b32 $0, {x}, k, {field}, 0xD8;
+        add.f16x2 $1, {sum_d}, {d};
+        fma.rn.f16x2 $2, m, part, {sum_t};
+        {count_moved}
     }}"""
 
 
 @triton.jit
-def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr):
+def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
     """Add the steps of one value of every period, two columns in one instruction.
 
     Every operand holds two neighbouring columns in a word: ``x`` a byte of both, of which the BITS from SHIFT on are
@@ -210,17 +211,25 @@ def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.c
     so that T = (k - m) / 2**SHIFT with the boundary rule, and the bits of k are those of the moved value.
     ``limit`` holds -floor(omega). Every number is an integer of at most 2048, exact in float16.
     """
-    asm: tl.constexpr = _step_assembly(SHIFT, BITS)
-    return tl.inline_asm_elementwise(
-        asm, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
-        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-    )  # fmt: skip
+    asm: tl.constexpr = _step_assembly(SHIFT, BITS, COUNT)
+    if COUNT:
+        x, sum_d, sum_t, moved = tl.inline_asm_elementwise(
+            asm, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        x, sum_d, sum_t = tl.inline_asm_elementwise(
+            asm, "=&r,=&r,=&r,r,r,r,r,r", [x, sum_d, sum_t, d, limit],
+            dtype=(tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return x, sum_d, sum_t, moved
 
 
 @triton.jit
 def _take_steps_packed(
     w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit,
     BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """As :func:`_take_steps` for values that lie in one word each, in float16 pairs; VALUES * rank is at most 2048."""
     r = tl.arange(0, RANK)
@@ -239,13 +248,13 @@ def _take_steps_packed(
         a = tl.load(a_ptr + row[:, None] * rank + r[None, :], mask=(row < K)[:, None] & (r < rank)[None, :], other=0.0)
         d = _pack(tl.dot(a, b, out_dtype=tl.float16))
         if j * BITS // 8 == 0:
-            x0, sum_d, sum_t, moved = _take_step(x0, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+            x0, sum_d, sum_t, moved = _take_step(x0, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
         elif j * BITS // 8 == 1:
-            x1, sum_d, sum_t, moved = _take_step(x1, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+            x1, sum_d, sum_t, moved = _take_step(x1, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
         elif j * BITS // 8 == 2:
-            x2, sum_d, sum_t, moved = _take_step(x2, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+            x2, sum_d, sum_t, moved = _take_step(x2, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
         else:
-            x3, sum_d, sum_t, moved = _take_step(x3, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS)
+            x3, sum_d, sum_t, moved = _take_step(x3, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
     first = x0 | (x1 << 8)
     second = x2 | (x3 << 8)
     words = _together((first & 0xFFFF) | (second << 16), (first >> 16) | (second & 0xFFFF0000))
@@ -276,7 +285,7 @@ def merge_kernel(
     w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
     if PACKED:
         n0, sum_d, sum_t, moved = _take_steps_packed(
-            w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
+            w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N, COUNT
         )
         n1, n2 = n0, n0
     else:

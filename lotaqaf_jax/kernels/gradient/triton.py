@@ -1,35 +1,84 @@
-"""Triton kernel of the gradient of D: dD = s * dW' + c * groupmean(s * dW'), one reading and one writing."""
+"""Triton kernels of the adapters' gradients, from the gradient of the weight, which each of them reads once.
+
+    P = (s * dW') @ B.T   (in, rank),      Q = (A + m).T @ (s * dW')   (rank, out)
+
+with m, equal in all rows of a group, the offset's part (see :mod:`.gpu`). What P sums over, the columns, have a scale
+each, so that s * dW' is made, a tile at a time, and never written. What Q sums over, the rows of a group, have one: the
+sum of a tile is multiplied instead. A program adds up a part of a product, and XLA the parts, in the same order in
+every run.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["step_gradient_kernel"]
+__all__ = ["left_kernel", "right_kernel"]
 
 
 @triton.jit
-def step_gradient_kernel(
-    dweight_ptr, scales_ptr, share_ptr,
-    dd_ptr,
-    K: tl.constexpr, N: tl.constexpr, groups: tl.constexpr,
-    GROUP: tl.constexpr, OFFSET: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
+def left_kernel(
+    dweight_ptr, scales_ptr, b_ptr,
+    p_ptr,
+    K: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, rank: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One tile of GROUPS whole groups of GROUP consecutive rows; ``share`` is c over the rows of each group.
+    """ROWS rows of P, which lie in one group or hold whole groups, over ROUNDS times COLUMNS columns."""
+    PARTS: tl.constexpr = max(1, ROWS // GROUP)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0) * ROWS + tl.arange(0, PARTS) * (ROWS // PARTS)
+    r = tl.arange(0, RANK)
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for i in range(ROUNDS):
+        n = (tl.program_id(1) * ROUNDS + i) * COLUMNS + tl.arange(0, COLUMNS)
+        # (columns, rank), as the product wants it
+        b = tl.load(b_ptr + r[None, :] * N + n[:, None], mask=(r < rank)[None, :] & (n < N)[:, None], other=0.0)
+        at = row.to(tl.int64)[:, None] * N + n[None, :]
+        dweight = tl.load(dweight_ptr + at, mask=(row < K)[:, None] & (n < N)[None, :], other=0.0)
+        at = (start // GROUP)[:, None] * N + n[None, :]
+        s = tl.load(scales_ptr + at, mask=(start < K)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        if PARTS == 1:
+            scaled = dweight.to(tl.float32) * s
+        else:
+            scaled = tl.reshape(dweight.to(tl.float32), (PARTS, ROWS // PARTS, COLUMNS)) * s[:, None, :]
+            scaled = tl.reshape(scaled, (ROWS, COLUMNS))
+        scaled = scaled.to(b.dtype)
+        if INTERPRET:  # which has no product of bfloat16
+            scaled, b = scaled.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(scaled, b, total, input_precision="tf32x3")
+    at = p_ptr + (tl.program_id(1) * K + row)[:, None] * rank + r[None, :]
+    tl.store(at, total, mask=(row < K)[:, None] & (r < rank)[None, :])
 
-    In place: ``dd_ptr`` is not used.
-    """
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    row = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = row.to(tl.int64)[:, :, None] * N + n[None, None, :]
-    mask = (row < K)[:, :, None] & (n < N)[None, None, :]
-    dd = tl.load(dweight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    scales = tl.load(
-        scales_ptr + group[:, None] * N + n[None, :], mask=(group < groups)[:, None] & (n < N)[None, :], other=0.0
-    )
-    dd = dd * scales.to(tl.float32)[:, None, :]
-    if OFFSET:
-        share = tl.load(share_ptr + group, mask=group < groups, other=0.0)
-        dd = dd + (tl.sum(dd, axis=1) * share[:, None])[:, None, :]
-    tl.store(dweight_ptr + at, dd.to(dweight_ptr.dtype.element_ty), mask=mask)
+
+@triton.jit
+def right_kernel(
+    dweight_ptr, scales_ptr, a_ptr, mean_ptr,
+    q_ptr,
+    K: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, rank: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
+    MEAN: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of Q over ROUNDS times ROWS rows of one group; ``mean`` holds m, a row for every group."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.arange(0, RANK)
+    total = tl.zeros((RANK, COLUMNS), tl.float32)
+    for i in range(ROUNDS):
+        first = (tl.program_id(1) * ROUNDS + i) * ROWS
+        row = first + tl.arange(0, ROWS)
+        group = first // GROUP
+        # Transposed (rank, rows), as the product wants it
+        a = tl.load(a_ptr + row[None, :] * rank + r[:, None], mask=(r < rank)[:, None] & (row < K)[None, :], other=0.0)
+        at = row.to(tl.int64)[:, None] * N + n[None, :]
+        dweight = tl.load(dweight_ptr + at, mask=(row < K)[:, None] & (n < N)[None, :], other=0.0)
+        s = tl.load(scales_ptr + group * N + n, mask=(n < N) & (first < K), other=0.0).to(tl.float32)
+        if INTERPRET:
+            dweight, a = dweight.to(tl.float32), a.to(tl.float32)
+        part = tl.dot(a, dweight, input_precision="tf32x3")
+        if MEAN:
+            # A product of its own: a sum of A and m in 16 bits would round m away.
+            m = tl.load(mean_ptr + group * rank + r, mask=(r < rank) & (first < K), other=0.0).to(a.dtype)
+            part = tl.dot(tl.broadcast_to(m[:, None], (RANK, ROWS)), dweight, part, input_precision="tf32x3")
+        total += part * s[None, :]
+    at = q_ptr + (tl.program_id(1) * rank + r)[:, None] * N + n[None, :]
+    tl.store(at, total, mask=(r < rank)[:, None] & (n < N)[None, :])
