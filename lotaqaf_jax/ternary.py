@@ -42,7 +42,6 @@ __all__ = [
     "check_settings",
     "init_adapter",
     "merge",
-    "moved_share",
     "ternary_step",
 ]
 
@@ -116,11 +115,6 @@ def ternary_step(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float
         omega: threshold, 0 < omega < rank.
     """
     return _step_of(w, a, b, omega)[2]
-
-
-def moved_share(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float) -> jax.Array:
-    """Share of the integers that the adapters move: mean of |T|, a scalar in [0, 1]."""
-    return jnp.mean(jnp.abs(ternary_step(w, a, b, omega=omega)), dtype=jnp.float32)
 
 
 def offset_scale(omega: float, offset: str) -> float:

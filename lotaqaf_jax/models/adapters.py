@@ -23,10 +23,12 @@ from lotaqaf_jax.ternary import Offset, check_settings, init_adapter
 __all__ = [
     "TARGET_MODULES",
     "AdapterStatistics",
+    "MoveCounts",
     "adapted_linears",
     "adapter_statistics",
     "add_adapters",
     "check_targets",
+    "count_moves",
     "linears",
     "merge",
     "moved_shares",
@@ -186,13 +188,28 @@ class AdapterStatistics:
     offsets: int
 
 
-def adapter_statistics(model: Decoder) -> dict[str, AdapterStatistics]:
-    """:class:`AdapterStatistics` by module name."""
+MoveCounts = list[tuple[jax.Array, jax.Array]]
+"""For every module of :func:`adapted_linears` the integers that move and the sum of |mu|, each (layers,)."""
+
+
+def count_moves(model: Decoder) -> MoveCounts:
+    """Queue the counting on the device and return without waiting for it; :func:`adapter_statistics` reads it."""
+    return [_count_stack(linear.packed, adapter) for _, linear, adapter in adapted_linears(model)]
+
+
+def adapter_statistics(model: Decoder, counts: MoveCounts | None = None) -> dict[str, AdapterStatistics]:
+    """:class:`AdapterStatistics` by module name.
+
+    Args:
+        model: a decoder with adapters.
+        counts: of :func:`count_moves`; None counts the moves of ``model``. Where they are given, ``model`` only tells
+            names and sizes, and its adapters may be others.
+    """
     found: dict[str, AdapterStatistics] = {}
-    for names, linear, adapter in adapted_linears(model):
+    numbers = jax.device_get(count_moves(model) if counts is None else counts)
+    for (names, linear, _), pair in zip(adapted_linears(model), numbers, strict=True):
         n_in, n_out = linear.packed.shape
-        counts = jax.device_get(_count_stack(linear.packed, adapter))
-        for name, moved, mu in zip(names, *counts, strict=True):
+        for name, moved, mu in zip(names, *pair, strict=True):
             found[name] = AdapterStatistics(int(moved), n_in * n_out, float(mu), linear.packed.groups * n_out)
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,25 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from tqdm import tqdm
 
 from lotaqaf_jax.data import TrainingData
-from lotaqaf_jax.errors import ConfigError, TrainingError
-from lotaqaf_jax.models import Decoder, Recompute, adapter_statistics
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.models import Decoder, Recompute, count_moves
 from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
-from lotaqaf_jax.training.compilation import least_recompute
+from lotaqaf_jax.training.compilation import CompiledStep, least_recompute
 from lotaqaf_jax.training.config import TrainConfig
+from lotaqaf_jax.training.feed import Feed
 from lotaqaf_jax.training.log import RunLog
+from lotaqaf_jax.training.results import Results
 from lotaqaf_jax.training.signals import StopSignal
-from lotaqaf_jax.training.step import (
-    Metrics,
-    TrainState,
-    make_train_step,
-    nonfinite_tensors,
-    split_model,
-)
+from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
 
 __all__ = ["Stopped", "train"]
 
@@ -86,118 +82,79 @@ def train(
         data.train.restore(place["data"])
         print(f"resumed from step {resumed} of {total}")
 
-    def step_of(recompute: Recompute) -> Any:
-        return make_train_step(
-            graph, optimizer, accumulate=config.accumulation, recompute=recompute, packed=config.packing
-        )
+    first = int(state.step)
 
-    recompute: Recompute = "none"
-    if config.gradient_checkpointing:
-        recompute = (
-            config.recompute
-            if config.recompute != "auto"
-            else least_recompute(lambda way: step_of(way).lower(state, frozen, data.train.peek(0)).compile())
-        )
-    step_function = step_of(recompute)
-    if jax.default_backend() == "gpu":
-        print(f"recomputing in the backward pass: {recompute}")
-
-    def current(state: TrainState) -> Decoder:
+    def current() -> Decoder:
         return nnx.merge(graph, state.adapters, frozen, copy=True)
 
-    def save(state: TrainState, *, wait: bool = False) -> None:
-        place = {"data": data.train.state(), "settings": config.decisive(), "total_steps": total}
-        checkpoints.save(state, place, wait=wait)
+    def done(step: int, record: dict[str, Any] | None) -> None:
+        bar.update()
+        if record is not None:
+            log.write(step, record | {"epoch": step / data.train.steps_per_epoch})
+            moved = f"{100 * record['moved']:.3f}%"
+            bar.set_postfix(loss=f"{record['loss']:.4f}", moved=moved, refresh=False)
 
-    def look(step: int, state: TrainState) -> None:
+    def look(step: int) -> None:
         if evaluate is not None:
-            numbers = evaluate(current(state), f"held-out rows at step {step}")
+            numbers = evaluate(current(), f"held-out rows at step {step}")
             log.write(step, {f"eval_{name}": value for name, value in numbers.items()})
 
-    first = int(state.step)
     log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
     bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
-    clock = _Clock()
+    results = Results(model, done)
     try:
         with StopSignal() as stop, log, bar:
+            if first < total:
+                compiled = _compile(graph, optimizer, config, (state, frozen, data.train.peek(0)))
             if first == 0:
-                look(0, state)
+                look(0)
+            feed = Feed(data.train, total - first)
             for step in range(first + 1, total + 1):
-                batch = {key: jnp.asarray(value) for key, value in next(data.train).items()}
-                state, metrics = step_function(state, frozen, batch)
-                bar.update()
-                # The loss is read here, so a NaN is found in the step that made it, before anything is saved.
-                record = _record(metrics)
-                if record is None:
-                    raise TrainingError(_blame(step, metrics, current(state)))
-                clock.add(int(metrics.tokens))
-                if step % config.logging_steps == 0 or step in (1, total):
-                    record |= _adapters(current(state)) | {"tokens_per_second": clock.rate()}
-                    record["epoch"] = step / data.train.steps_per_epoch
-                    log.write(step, record)
-                    moved = f"{100 * record['moved']:.3f}%"
-                    bar.set_postfix(loss=f"{record['loss']:.4f}", moved=moved, refresh=False)
+                batch, place = feed.take()
+                state, metrics = compiled(state, frozen, batch)
+                # Queued now, since the next step is given this state's memory.
+                logged = step % config.logging_steps == 0 or step in (1, total)
+                results.add(step, metrics, count_moves(current()) if logged else None)
+                feed.fill()
+                # The step before is read while this one runs. A NaN is thus found one step late, so whatever looks at
+                # the state, or keeps it, first reads all that is queued.
+                results.read(leave=1)
                 if step == total or (config.eval_steps and step % config.eval_steps == 0):
-                    look(step, state)
-                    clock.restart()
+                    results.read()
+                    look(step)
+                    results.clock.restart()
                 stopping = stop.received is not None and step < total
                 if stopping or (config.save_steps and step % config.save_steps == 0):
-                    save(state, wait=stopping)
+                    results.read()
+                    # The place behind this step's batch; the stream itself is further on.
+                    kept = {"data": place, "settings": config.decisive(), "total_steps": total}
+                    checkpoints.save(state, kept, wait=stopping)
                 if stopping and stop.received is not None:
                     raise Stopped(step, 128 + int(stop.received))
     finally:
         checkpoints.close()
-    return current(state)
+    return current()
 
 
-class _Clock:
-    """Tokens per second since the last question, without the step that compiles."""
+def _compile(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, arguments: tuple[Any, Any, Any]
+) -> CompiledStep:
+    """The step, compiled for ``arguments``, with the least recomputing that fits if the settings leave it open."""
 
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._start: float | None = None
-        self._rate = math.nan
+    def compiled(way: Recompute) -> CompiledStep:
+        jitted = make_train_step(graph, optimizer, accumulate=config.accumulation, recompute=way, packed=config.packing)
+        return CompiledStep(jitted, *arguments)
 
-    def add(self, tokens: int) -> None:
-        if self._start is None:
-            self.restart()
-        else:
-            self._tokens += tokens
-
-    def restart(self) -> None:
-        self._tokens, self._start = 0, time.perf_counter()
-
-    def rate(self) -> float | None:
-        """Tokens per second; None while there is nothing to tell."""
-        if self._start is not None and self._tokens:
-            self._rate = self._tokens / (time.perf_counter() - self._start)
-            self.restart()
-        return None if math.isnan(self._rate) else round(self._rate, 1)
-
-
-def _record(metrics: Metrics) -> dict[str, Any] | None:
-    """The numbers of a step, or None if one of them is NaN or infinite."""
-    loss, norm = float(metrics.loss), float(metrics.grad_norm)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        return None
-    return {"loss": loss, "grad_norm": norm, "changed": int(metrics.changed)}
-
-
-def _adapters(model: Decoder) -> dict[str, float]:
-    """Share of integer weights that the adapters move, and mean |mu| in steps of the grid, over all adapted layers."""
-    every = adapter_statistics(model).values()
-    moved, integers = sum(one.moved for one in every), sum(one.integers for one in every)
-    return {"moved": moved / integers, "mean_abs_mu": sum(one.mu for one in every) / sum(one.offsets for one in every)}
-
-
-def _blame(step: int, metrics: Metrics, model: Decoder) -> str:
-    names = list(nonfinite_tensors(model, metrics.squares))
-    where = f"The gradient of {names[0]} and {len(names) - 1} more is not finite." if names else "No gradient is NaN."
-    return (
-        f"step {step}: loss {float(metrics.loss)}, gradient norm {float(metrics.grad_norm)}. {where} "
-        "Nothing of this step was saved; look at the rows of this batch, or go on from an earlier "
-        "checkpoint with another --seed or with --dtype float32."
-    )
+    started = time.perf_counter()
+    way: Recompute
+    if not config.gradient_checkpointing:
+        way, step = "none", compiled("none")
+    elif config.recompute == "auto":
+        way, step = least_recompute(compiled)
+    else:
+        way, step = config.recompute, compiled(config.recompute)
+    tqdm.write(f"compiled the step in {time.perf_counter() - started:.1f} s; recomputing in the backward pass: {way}")
+    return step
 
 
 def _same_settings(config: TrainConfig, total: int, place: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder, Recompute
 
-__all__ = ["IGNORE", "TokenScores", "score_tokens", "summed_loss", "targets_of"]
+__all__ = ["TokenScores", "score_tokens", "summed_loss", "targets_of"]
 
-IGNORE = -100
 # Logits of one chunk, in float32 values: 256 MiB. Enough rows for a matrix product at full speed with any vocabulary.
 _CHUNK_VALUES = 2**26
 

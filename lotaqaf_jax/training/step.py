@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
-from lotaqaf_jax.training.loss import IGNORE, summed_loss
+from lotaqaf_jax.training.loss import summed_loss
 
 __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
 
@@ -76,7 +77,8 @@ def make_train_step(
     def loss_of(adapters: nnx.State, frozen: nnx.State, part: dict[str, jax.Array]) -> jax.Array:
         return summed_loss(nnx.merge(graph, adapters, frozen), part, recompute=recompute, packed=packed)
 
-    def step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    # Its name is what profilers and logs of the compiler show.
+    def train_step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         # int8 has no gradient: take it at a float copy.
         floats = jax.tree.map(lambda array: array.astype(jnp.float32), state.adapters)
         if accumulate == 1:
@@ -104,14 +106,14 @@ def make_train_step(
         )
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:
     """Names of the adapter tensors whose gradient is NaN or infinite.
 
     Args:
-        model: the model that was trained.
+        model: the model that was trained; only its structure is looked at.
         squares: ``Metrics.squares``.
     """
     graph, _, frozen = split_model(model)

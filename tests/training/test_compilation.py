@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from lotaqaf_jax.training.compilation import least_recompute, use_compilation_cache
+from lotaqaf_jax.training.compilation import CompiledStep, least_recompute, use_compilation_cache
 
 GIB = 2**30
 
@@ -27,22 +29,43 @@ def test_products_are_kept_where_they_fit_with_some_room(
     monkeypatch: pytest.MonkeyPatch, memory: float, expected: str
 ) -> None:
     monkeypatch.setattr(jax, "local_devices", lambda: [card(memory)])
-    assert least_recompute(lambda way: step_of(10, 34)) == expected
+    steps = {"products": step_of(10, 34), "block": step_of(10, 5)}
+    assert least_recompute(steps.__getitem__) == (expected, steps[expected])
 
 
 def test_a_step_that_the_compiler_finds_too_large_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = step_of(10, 5)
+
     def too_large(way: str) -> Any:
+        if way == "block":
+            return block
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
     monkeypatch.setattr(jax, "local_devices", lambda: [card(80)])
-    assert least_recompute(too_large) == "block"
+    assert least_recompute(too_large) == ("block", block)
 
 
-def test_a_device_without_a_limit_recomputes_blocks_and_compiles_nothing() -> None:
-    def never(way: str) -> Any:
-        raise AssertionError("compiled for nothing")
+def test_a_device_without_a_limit_recomputes_blocks_and_compiles_nothing_else() -> None:
+    compiled = {"block": step_of(10, 5)}
+    assert least_recompute(compiled.__getitem__) == ("block", compiled["block"])
 
-    assert least_recompute(never) == "block"
+
+def test_a_step_is_compiled_once_and_again_only_for_other_shapes(caplog: pytest.LogCaptureFixture) -> None:
+    def doubled(state: jax.Array, frozen: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return state + 1, 2 * batch["x"].sum() + frozen
+
+    def compilations() -> int:
+        return sum("Finished XLA compilation of jit(doubled)" in message for message in caplog.messages)
+
+    with jax.log_compiles():
+        step = CompiledStep(jax.jit(doubled, donate_argnums=0), jnp.int32(0), jnp.int32(5), {"x": np.ones((2, 3))})
+        state = jnp.int32(0)
+        for _ in range(3):
+            state, result = step(state, jnp.int32(5), {"x": jnp.ones((2, 3))})
+        assert (int(state), int(result), compilations()) == (3, 17, 1)
+        for _ in range(2):
+            state, result = step(state, jnp.int32(5), {"x": jnp.ones((2, 4))})
+        assert (int(state), int(result), compilations()) == (5, 21, 2)
 
 
 def test_on_a_cpu_no_folder_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.training import loss as loss_module
-from lotaqaf_jax.training.loss import IGNORE, score_tokens, summed_loss, targets_of
+from lotaqaf_jax.training.loss import score_tokens, summed_loss, targets_of
 
 
 def batch_of(rng: np.random.Generator, rows: int = 3, length: int = 11) -> dict[str, jax.Array]:
@@ -50,3 +54,13 @@ def test_sum_is_over_targets_only(adapted: Decoder) -> None:
     nothing = {**batch, "labels": jnp.full_like(batch["labels"], IGNORE)}
     assert float(summed_loss(adapted, nothing)) == 0
     assert float(summed_loss(adapted, batch)) > 0
+
+
+def test_step_and_loss_get_along_without_what_reads_data() -> None:
+    """Kernels are measured where neither Grain nor datasets nor a tokenizer is installed."""
+    code = (
+        "import sys, lotaqaf_jax.training.loss, lotaqaf_jax.training.step\n"
+        "print(sorted({'grain', 'datasets', 'transformers', 'jinja2', 'orbax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

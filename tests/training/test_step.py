@@ -12,11 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
+from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder, adapted_linears, adapter_statistics, linears, merge
 from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.training import TrainState, make_train_step
-from lotaqaf_jax.training.loss import IGNORE, summed_loss
+from lotaqaf_jax.training.loss import summed_loss
 from lotaqaf_jax.training.step import nonfinite_tensors, split_model
 from tests.training.test_loss import batch_of
 
