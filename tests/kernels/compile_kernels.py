@@ -5,6 +5,7 @@ A program of its own, run by test_compile.py: in the test process the kernels ha
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -64,10 +65,13 @@ def main() -> None:
         a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, 64), (64, grid.n_out)))
         merged, _ = adjust.merged(w, a, b, 14.0, "reference", jnp.float32, count=True)
         adjust.dequantized(merged, jnp.bfloat16)
+        narrow = dataclasses.replace(grid, n_out=grid.n_out // 2)
+        narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):
             gradient.step_gradient(w, jnp.zeros(w.shape, jnp.bfloat16), omega=14.0, offset="reference")
             for rows in (1, 64):
-                matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), w, None, None)
+                for weights in ([w], [w, w], [w, narrow, narrow]):
+                    matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
     print(json.dumps(compiled))
 
 

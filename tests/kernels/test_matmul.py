@@ -140,19 +140,19 @@ def test_blocks_change_the_order_of_the_sum_alone(grid: Grid, blocks: MatmulBloc
     case = Case.random(1, grid)
     x = rows_of(1, 11, grid.n_in, dtype=jnp.float32)
     truth = np.asarray(x, np.float64) @ case.matrix + np.asarray(case.bias, np.float64)
-    assert error(fused(x, case.w, case.bias, None, blocks), truth) < TOLERANCE[jnp.float32]
+    assert error(fused(x, [case.w], [case.bias], None, blocks)[0], truth) < TOLERANCE[jnp.float32]
 
 
 def test_every_supported_layout_of_a_model_has_blocks() -> None:
     for bits in (2, 3, 4, 8):
         for group in (32, 64, 128, 5120):
             for rows in (1, 16, 64, 128):
-                blocks = matmul_blocks(rows, 5120, 13824, bits, group)
+                blocks = matmul_blocks(rows, 5120, (13824,), bits, group)
                 assert blocks is not None
                 assert blocks.rows >= min(rows, 32)
                 assert blocks.warps in (2, 4, 8, 16)
-    assert matmul_blocks(129, 5120, 13824, 4, 64) is None
-    assert matmul_blocks(1, 5120, 13824, 4, 20) is None
+    assert matmul_blocks(129, 5120, (13824,), 4, 64) is None
+    assert matmul_blocks(1, 5120, (13824,), 4, 20) is None
     assert [bucket_of(rows) for rows in (1, 8, 9, 128, 129)] == [8, 8, 16, 128, None]
 
 
