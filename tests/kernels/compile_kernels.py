@@ -69,9 +69,8 @@ def main() -> None:
         narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):
             gradient.step_gradient(w, jnp.zeros(w.shape, jnp.bfloat16), omega=14.0, offset="reference")
-            for rows in (1, 64):
-                for weights in ([w], [w, w], [w, narrow, narrow]):
-                    matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
+            for rows, weights in ((1, [w]), (64, [w]), (1, [w, narrow, narrow])):
+                matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
     print(json.dumps(compiled))
 
 

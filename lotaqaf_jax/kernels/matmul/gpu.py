@@ -57,6 +57,7 @@ def fused(
     w = weights[0]
     absent = MOST_WEIGHTS - len(weights)
     widths = [one.shape[1] for one in weights]
+    n0, n1, n2 = widths + [0] * absent
     values, words = period_of(w.bits)
     group = _rows_of_group(w)
     depth = 4 * values
@@ -79,7 +80,9 @@ def fused(
         fuse=True,
         # Sizes as constants: what divides them decides how wide loads are, and so how values lie in registers.
         K=n_in,
-        **{f"N{i}": n_out for i, n_out in enumerate(widths + [0] * absent)},
+        N0=n0,
+        N1=n1,
+        N2=n2,
         words=packed_size(n_in, w.bits),
         groups=w.groups,
         BITS=w.bits,

@@ -60,9 +60,9 @@ def packed_matmul_many(
     """y_i = x @ W_i + bias_i: :func:`packed_matmul` for several weights of one x, such as q, k and v.
 
     On a card up to three weights that are alike (bits, group size, types of scales, offset and bias, none with
-    act-order) take one launch, which reads each where it lies. A launch costs microseconds of its own, as much as
-    reading a small matrix. Others take a launch each. The number of columns of the launch decides how many warps share
-    a sum, and so its order: a result can differ from that of a single call in the last bit, by no more.
+    act-order) take one launch, which reads each where it lies: a launch costs microseconds of its own, as much as
+    reading a small matrix. Others take a launch each. How many warps share a sum goes by the columns of the launch, so
+    a result can differ from that of a single call, by the rounding of a float32 sum in another order.
 
     Args:
         x: (rows, in), bfloat16, float16 or float32.
