@@ -179,7 +179,7 @@ GROUPS = (
     Group(Grid(4, 256, 0, 64), (64, 64), 9, jnp.float32),  # like gate and up
     Group(Grid(4, 256, 0, 128), (32, 96, 64), offset=jnp.float16),  # three different widths
     Group(Grid(4, 200, 0, 32), (41, 3, 33), 3, offset=jnp.float32, bias=jnp.float16),
-    Group(Grid(4, 130, 0, -1), (7, 40), 20, jnp.float32, bias=jnp.float16),
+    Group(Grid(4, 130, 0, -1), (40, 40, 7), 20, jnp.float32, bias=jnp.float16),
     Group(Grid(2, 200, 0, 32), (33, 64, 33), bias=jnp.float16),  # the first and the last alike
     Group(Grid(3, 200, 0, 64), (41, 32, 32), 40),
     Group(Grid(8, 90, 0, 32), (64, 33), 65, offset=jnp.float16),
