@@ -2,8 +2,9 @@
 
     python benchmarks/check_kernels.py [--jobs 4]
 
-Weights and merged words must equal the plain JAX implementation bit for bit. Gradients and products are compared with
-it, or with float64, by relative error (norm of the difference over the norm). Exit status 1 if a case fails.
+Weights and merged words must equal the plain JAX implementation bit for bit, products of several weights in one launch
+those of single ones. Gradients and products are compared with plain JAX, or with float64, by relative error (norm of
+the difference over the norm). Exit status 1 if a case fails.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from common import environment
 
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
 from lotaqaf_jax.kernels.choose import choose, missing_for_triton
-from lotaqaf_jax.kernels.matmul import packed_matmul
+from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
+from lotaqaf_jax.quant import QuantizedWeight
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
 GRIDS = (
@@ -59,9 +61,18 @@ def outputs(implementation: str) -> Any:
             "mu": merged.offset,
             "gradients": (dx, dadapter.a, dadapter.b),
             "product": [packed_matmul(x[:rows], merged, implementation=implementation) for rows in (1, 16, 64)],
+            "together": packed_matmul_many(x[:1], (merged, half(merged), merged), implementation=implementation),
         }
 
     return jax.jit(run)
+
+
+def half(w: QuantizedWeight) -> QuantizedWeight:
+    """The first half of the columns."""
+    n_out = w.shape[1] // 2
+    arrays = {name: getattr(w, name)[:, :n_out] for name in ("qweight", "scales", "zeros")}
+    offset = None if w.offset is None else w.offset[:, :n_out]
+    return dataclasses.replace(w, **arrays, offset=offset, shape=(w.shape[0], n_out))
 
 
 def error(found: Any, truth: Any) -> float:
@@ -86,8 +97,14 @@ def check(number: int) -> tuple[bool, str]:
     exact = np.asarray(x, np.float64) @ np.asarray(truth["float32"], np.float64)
     errors = {
         "gradients": error(found["gradients"], truth["gradients"]),
-        "product": error(found["product"], [exact[:rows] for rows in (1, 16, 64)]),
+        "product": error(
+            [*found["product"], found["together"][1]],
+            [*(exact[:rows] for rows in (1, 16, 64)), exact[:1, : grid.n_out // 2]],
+        ),
     }
+    # Of sizes this small, single calls have as many warps as several weights have.
+    single = found["product"][0]
+    wrong += ["together"] if not all(_equal(found["together"][i], single) for i in (0, 2)) else []
     wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
     numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
     name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"

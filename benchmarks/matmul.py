@@ -2,13 +2,17 @@
 
     python benchmarks/matmul.py [--bits 4] [--rows 1 8 16 32 64 128] [--shapes 5120x13824 ...] [--json matmul.json]
 
-Claim: decoding reads the packed words about once. Columns of the table, microseconds a call:
+Claim: decoding reads the packed words about once. A shape 5120x5120+1024+1024 is three weights of one x. Columns of the
+table, microseconds a call:
 
-* packed: :func:`lotaqaf_jax.kernels.matmul.packed_matmul` on a stack of layers, which it reads in place;
+* packed: :func:`lotaqaf_jax.kernels.matmul.packed_matmul_many` on stacks of layers, which it reads in place;
+* apart: the same with a call for every weight, where there are several;
 * merged: the same with an offset; float32: with a float32 x (only with --more);
 * dequant: the path that makes W with a kernel and multiplies with cuBLAS;
 * tinygemm: torch's ``_weight_int4pack_mm`` (4 bit, groups of 32, 64 or 128); cublas: x @ W in bfloat16;
 * bytes: what reading words, scales and zeros once takes at the bandwidth of a device copy.
+
+Peers take the columns of several weights as one matrix.
 
 Every case is first compared with float64 on 128 columns; ``error`` is ||y - truth|| / ||truth||, and a bfloat16 output
 alone makes 1.7e-3 of it. Weights are random, never zeros, and calls go round more copies of them than the L2 cache
@@ -31,18 +35,25 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import COPY, environment, seconds_of, shape_of, write_json
+from common import COPY, environment, seconds_of, write_json
 
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
-from lotaqaf_jax.kernels.matmul import packed_matmul
+from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import group_count
 
 SHAPES = {
-    "Qwen2.5-14B": ((5120, 13824), (13824, 5120), (5120, 5120), (5120, 1024)),
-    "Llama-3.1-8B": ((4096, 14336), (14336, 4096), (4096, 4096), (4096, 1024)),
-    "Llama-3.1-70B": ((8192, 28672), (28672, 8192)),
+    "Qwen2.5-14B": (
+        "5120x13824",
+        "13824x5120",
+        "5120x5120",
+        "5120x1024",
+        "5120x13824+13824",
+        "5120x5120+1024+1024",
+    ),
+    "Llama-3.1-8B": ("4096x14336", "14336x4096", "4096x4096", "4096x1024"),
+    "Llama-3.1-70B": ("8192x28672", "28672x8192"),
 }
 CACHE = 60e6  # bytes of L2; the copies of a weight together take four times as much
 CALLS = 200
@@ -50,13 +61,18 @@ CALLS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What is measured: a shape (in, out), its quantisation and the number of rows."""
+    """What is measured: weights (in, width) of one x, their quantisation and the number of rows."""
 
     n_in: int
-    n_out: int
+    widths: tuple[int, ...]
     bits: int
     group_size: int
     rows: int
+
+    @property
+    def n_out(self) -> int:
+        """Columns of all weights."""
+        return sum(self.widths)
 
     @property
     def groups(self) -> int:
@@ -73,12 +89,17 @@ class Layer:
         return max(4, int(4 * CACHE / size) + 1)
 
 
-def random_stack(layer: Layer, offset: bool, seed: int = 0) -> QuantizedWeight:
-    """A stack of random weights, large enough that the cache does not hold it."""
+def random_stacks(layer: Layer, offset: bool) -> list[QuantizedWeight]:
+    """A stack of random weights for every width, large enough that the cache does not hold them."""
+    return [random_stack(layer, width, offset, seed) for seed, width in enumerate(layer.widths)]
+
+
+def random_stack(layer: Layer, width: int, offset: bool, seed: int) -> QuantizedWeight:
+    """One of them."""
     count = layer.copies(layer.packed_bytes)
     keys = jax.random.split(jax.random.key(seed), 4)
-    grid = (count, layer.groups, layer.n_out)
-    words = jax.random.bits(keys[0], (count, packed_size(layer.n_in, layer.bits), layer.n_out), jnp.uint32)
+    grid = (count, layer.groups, width)
+    words = jax.random.bits(keys[0], (count, packed_size(layer.n_in, layer.bits), width), jnp.uint32)
     return QuantizedWeight(
         qweight=jax.lax.bitcast_convert_type(words, jnp.int32),
         scales=jax.random.uniform(keys[1], grid, jnp.float32, 0.002, 0.012).astype(jnp.float16),
@@ -87,7 +108,7 @@ def random_stack(layer: Layer, offset: bool, seed: int = 0) -> QuantizedWeight:
         offset=jax.random.uniform(keys[3], grid, jnp.float32, -0.5, 0.5).astype(jnp.float16) if offset else None,
         bits=layer.bits,
         group_size=layer.group_size,
-        shape=(layer.n_in, layer.n_out),
+        shape=(layer.n_in, width),
     )
 
 
@@ -115,31 +136,36 @@ def relative_error(y: jax.Array, x: jax.Array, w: QuantizedWeight, index: int) -
     return float(np.linalg.norm(np.asarray(y, np.float64)[:, columns] - truth) / np.linalg.norm(truth))
 
 
-Product = Callable[[jax.Array, QuantizedWeight, jax.Array], jax.Array]
+Product = Callable[[jax.Array, Sequence[QuantizedWeight], jax.Array], Sequence[jax.Array]]
 
 
 def ours(product: Product, layer: Layer, dtype: Any = jnp.bfloat16, offset: bool = False, calls: int = CALLS) -> Any:
-    """(microseconds a call, relative error) of ``product(x, stack, layer index)``."""
-    w, x = random_stack(layer, offset), random_x(layer, dtype, calls)
-    count = w.qweight.shape[0]
+    """(microseconds a call, relative error) of ``product(x, stacks, layer index)``."""
+    w, x = random_stacks(layer, offset), random_x(layer, dtype, calls)
+    count = w[0].qweight.shape[0]
     # Every call has an x of its own: XLA computes equal calls once.
     many = jax.jit(lambda x, w: [product(x[i], w, jnp.full((1,), i % count, jnp.int32)) for i in range(calls)])
     # A second, shorter program takes the time of a launch and of waiting off.
     few = jax.jit(lambda x, w: [product(x[i], w, jnp.full((1,), i % count, jnp.int32)) for i in range(calls // 4)])
-    error = relative_error(jax.block_until_ready(few(x, w))[1], x[1], w, 1)
+    error = max(relative_error(y, x[1], one, 1) for y, one in zip(few(x, w)[1], w, strict=True))
     long, short = (seconds_of(lambda f=f: jax.block_until_ready(f(x, w))) for f in (many, few))
     return (long - short) / (calls - calls // 4) * 1e6, error
 
 
-def packed(x: jax.Array, w: QuantizedWeight, index: jax.Array) -> jax.Array:
+def packed(x: jax.Array, weights: Sequence[QuantizedWeight], index: jax.Array) -> Sequence[jax.Array]:
     """The kernel, as chosen by itself."""
-    return packed_matmul(x, w, layer=index, implementation="triton")
+    return packed_matmul_many(x, weights, layer=index, implementation="triton")
 
 
-def through_w(x: jax.Array, w: QuantizedWeight, index: jax.Array) -> jax.Array:
+def apart(x: jax.Array, weights: Sequence[QuantizedWeight], index: jax.Array) -> Sequence[jax.Array]:
+    """The kernel, launched for every weight."""
+    return [packed_matmul(x, w, layer=index, implementation="triton") for w in weights]
+
+
+def through_w(x: jax.Array, weights: Sequence[QuantizedWeight], index: jax.Array) -> Sequence[jax.Array]:
     """W by a kernel, then cuBLAS; the slice of the stack is part of it."""
-    one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index[0], keepdims=False), w)
-    return x @ dequantized(one, x.dtype)
+    layers = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index[0], keepdims=False), list(weights))
+    return [x @ dequantized(w, x.dtype) for w in layers]
 
 
 def torch_graph(call: Callable[[int], Any], copies: int, calls: int = 40) -> float:
@@ -195,6 +221,8 @@ def measure(layer: Layer, more: bool, peers: bool) -> dict[str, Any]:
     """One line of the table."""
     line: dict[str, Any] = dataclasses.asdict(layer) | {"bytes": layer.packed_bytes / COPY * 1e6}
     line["packed"], line["error"] = ours(packed, layer)
+    if len(layer.widths) > 1:
+        line["apart"], line["apart_error"] = ours(apart, layer)
     if more:
         line["merged"], line["merged_error"] = ours(packed, layer, offset=True)
         line["float32"], line["float32_error"] = ours(packed, layer, dtype=jnp.float32)
@@ -206,13 +234,13 @@ def measure(layer: Layer, more: bool, peers: bool) -> dict[str, Any]:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table."""
-    times = ("packed", "merged", "float32", "dequant", "tinygemm", "cublas", "bytes")
+    times = ("packed", "apart", "merged", "float32", "dequant", "tinygemm", "cublas", "bytes")
     rows = [("in x out", "bits", "group", "rows", *times, "error")]
     for line in lines:
         found = [line.get(name) for name in times]
         rows.append(
             (
-                f"{line['n_in']}x{line['n_out']}",
+                f"{line['n_in']}x{'+'.join(map(str, line['widths']))}",
                 *(str(line[name]) for name in ("bits", "group_size", "rows")),
                 *("" if value is None else f"{value:.1f}" for value in found),
                 f"{line['error']:.1e}",
@@ -225,8 +253,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = [f"{n_in}x{n_out}" for shapes in SHAPES.values() for n_in, n_out in shapes]
-    parser.add_argument("--shapes", nargs="+", default=every, help="in x out, like 5120x13824")
+    every = [shape for shapes in SHAPES.values() for shape in shapes]
+    parser.add_argument("--shapes", nargs="+", default=every, help="in x out, 5120x13824 or 5120x5120+1024+1024")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
     parser.add_argument("--groups", nargs="+", type=int, default=[64])
@@ -237,11 +265,11 @@ def main() -> None:
     print(environment())
     lines = []
     for shape in options.shapes:
-        n_in, n_out = shape_of(shape)
+        n_in, widths = shape.split("x")
         for bits in options.bits:
             for group in options.groups:
                 for rows in options.rows:
-                    layer = Layer(n_in, n_out, bits, group, rows)
+                    layer = Layer(int(n_in), tuple(map(int, widths.split("+"))), bits, group, rows)
                     lines.append(measure(layer, options.more, not options.no_peers))
                     print(table(lines[-1:]).splitlines()[1], flush=True)
     print(table(lines))

@@ -12,9 +12,10 @@ import jax
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.launch import interpreted
 
-__all__ = ["AMPERE", "Implementation", "choose", "compute_capability", "missing_for_triton"]
+__all__ = ["ADA", "AMPERE", "Implementation", "choose", "compute_capability", "missing_for_triton"]
 
 AMPERE = (8, 0)
+ADA = (8, 9)
 
 Implementation = Literal["xla", "triton"]
 

@@ -15,7 +15,7 @@ from lotaqaf_jax.kernels import TernaryAdapter, keep_products
 from lotaqaf_jax.kernels.attention import causal_attention
 from lotaqaf_jax.models.cache import KVCache, cached_attention
 from lotaqaf_jax.models.config import DecoderConfig
-from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, wide_logits
+from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, products, wide_logits
 from lotaqaf_jax.models.rope import apply_rope, rope_angles
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec
 
@@ -74,7 +74,6 @@ class Attention(nnx.Module):
         self.v_proj = Linear(linears["self_attn.v_proj"], stack)
         self.o_proj = Linear(linears["self_attn.o_proj"], stack)
         self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
 
     def __call__(
@@ -91,9 +90,10 @@ class Attention(nnx.Module):
             layer: () int32, which layer of stacked arrays; None where they are one layer's.
         """
         batch, length, _ = x.shape
-        q = self.q_proj(x, layer).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x, layer).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x, layer).reshape(batch, length, self.kv_heads, self.head_dim)
+        q, k, v = (
+            y.reshape(batch, length, -1, self.head_dim)
+            for y in products(x, (self.q_proj, self.k_proj, self.v_proj), layer)
+        )
         mixed, kept = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
         return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), layer), kept
 
@@ -108,7 +108,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """(..., hidden) -> (..., hidden)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, layer)) * self.up_proj(x, layer), layer)
+        gate, up = products(x, (self.gate_proj, self.up_proj), layer)
+        return self.down_proj(jax.nn.silu(gate) * up, layer)
 
 
 class Block(nnx.Module):

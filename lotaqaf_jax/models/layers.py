@@ -7,6 +7,7 @@ that copy would cost as much as the product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,12 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lotaqaf_jax.kernels import TernaryAdapter, quantized_linear
-from lotaqaf_jax.kernels.matmul import packed_matmul
+from lotaqaf_jax.kernels.matmul import packed_matmul_many
 from lotaqaf_jax.models.spec import LinearSpec
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
 
-__all__ = ["Embed", "Linear", "PackedWeight", "RMSNorm", "Ternary"]
+__all__ = ["Embed", "Linear", "PackedWeight", "RMSNorm", "Ternary", "products"]
 
 
 def _at(stack: Any, layer: jax.Array | None) -> Any:
@@ -102,8 +103,35 @@ class Linear(nnx.Module):
         elif layer is None or self.ternary is not None:
             y = quantized_linear(x, _at(self.packed, layer), _at(self.ternary, layer))
         else:
-            y = packed_matmul(x.reshape(-1, x.shape[-1]), self.packed, layer=layer).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(x.dtype)
+            (y,) = _packed_products(x, [self.packed], layer)
+        return self.plus_bias(y, layer)
+
+    def plus_bias(self, y: jax.Array, layer: jax.Array | None) -> jax.Array:
+        """(..., out) -> (..., out): a product, rounded to its type before, plus the bias; arguments as of a call."""
+        return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
+
+
+def products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array | None) -> list[jax.Array]:
+    """``linear(x, layer)`` of every linear; in decoding, quantised ones in one call, which takes one launch if it can.
+
+    Args:
+        x: (..., in).
+        linears: layers of one x, such as q, k and v.
+        layer: () int32, which layer of a stack; None where the arrays are one layer's.
+
+    Returns:
+        (..., out) of every linear, in the type of ``x``.
+    """
+    if layer is None or any(not linear.is_quantized or linear.ternary is not None for linear in linears):
+        return [linear(x, layer) for linear in linears]
+    ys = _packed_products(x, [linear.packed for linear in linears], layer)
+    return [linear.plus_bias(y, layer) for linear, y in zip(linears, ys, strict=True)]
+
+
+def _packed_products(x: jax.Array, weights: Sequence[QuantizedWeight], layer: jax.Array) -> list[jax.Array]:
+    """x @ W, (..., out), for one layer of every stack."""
+    rows = x.reshape(-1, x.shape[-1])
+    return [y.reshape(*x.shape[:-1], -1) for y in packed_matmul_many(rows, weights, layer=layer)]
 
 
 @jax.custom_vjp

@@ -5,6 +5,7 @@ A program of its own, run by test_compile.py: in the test process the kernels ha
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,11 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lotaqaf_jax.kernels.adjust.gpu as adjust
+import lotaqaf_jax.kernels.float8.gpu as float8
 import lotaqaf_jax.kernels.gradient.gpu as gradient
 import lotaqaf_jax.kernels.matmul.gpu as matmul
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
 NAMES = {"int32": "i32", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
+NAMES |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
 GRIDS = (Grid(4, 128, 128, 64), Grid(2, 128, 64, 64), Grid(3, 128, 64, 32), Grid(8, 128, 64, 64), Grid(4, 96, 32, -1))
 
 compiled: list[dict[str, Any]] = []
@@ -46,7 +49,8 @@ def record(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=aligned,
     )
-    for capability in (90, 80):
+    # Ampere has no float8 e4m3.
+    for capability in (90,) if "*fp8e4nv" in kinds.values() else (90, 80):
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         name = kernel.fn.__name__
@@ -56,7 +60,7 @@ def record(
 
 def main() -> None:
     """Go through the widths."""
-    for module in (adjust, gradient, matmul):
+    for module in (adjust, float8, gradient, matmul):
         module.launch = record  # type: ignore[attr-defined]
     rng = np.random.default_rng(0)
     for grid in GRIDS:
@@ -64,11 +68,15 @@ def main() -> None:
         a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, 64), (64, grid.n_out)))
         merged, _ = adjust.merged(w, a, b, 14.0, "reference", jnp.float32, count=True)
         adjust.dequantized(merged, jnp.bfloat16)
+        narrow = dataclasses.replace(grid, n_out=grid.n_out // 2)
+        narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):
             for dtype in (jnp.bfloat16, jnp.float32):
                 gradient.adapter_gradients(w, a, b, jnp.zeros(w.shape, dtype), omega=14.0, offset="reference")
-            for rows in (1, 64):
-                matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), w, None, None)
+            for rows, weights in ((1, [w]), (64, [w]), (1, [w, narrow, narrow])):
+                matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        float8.transposed(x := jnp.zeros((128, 64), jnp.bfloat16), float8.largest(x), dtype)
     print(json.dumps(compiled))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from lotaqaf_jax.errors import ConfigError
-from lotaqaf_jax.kernels.matmul import packed_matmul
+from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
 from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, bucket_of, matmul_blocks
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.weights import Grid, quantized, random_numbers
 
 product = jax.jit(packed_matmul, static_argnames="implementation")
+products = jax.jit(packed_matmul_many, static_argnames="implementation")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -140,19 +142,144 @@ def test_blocks_change_the_order_of_the_sum_alone(grid: Grid, blocks: MatmulBloc
     case = Case.random(1, grid)
     x = rows_of(1, 11, grid.n_in, dtype=jnp.float32)
     truth = np.asarray(x, np.float64) @ case.matrix + np.asarray(case.bias, np.float64)
-    assert error(fused(x, case.w, case.bias, None, blocks), truth) < TOLERANCE[jnp.float32]
+    assert error(fused(x, [case.w], [case.bias], None, blocks)[0], truth) < TOLERANCE[jnp.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Weights of one x: ``grid`` for each of ``widths`` instead of its own, with one type of offset and bias."""
+
+    grid: Grid
+    widths: tuple[int, ...]
+    rows: int = 2
+    dtype: Any = jnp.float16
+    offset: Any = None
+    bias: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.grid}-{self.widths}-{self.rows}"
+
+    @property
+    def x(self) -> jax.Array:
+        return rows_of(7, self.rows, self.grid.n_in, dtype=self.dtype)
+
+    def weights(self, layers: int = 1) -> tuple[list[QuantizedWeight], list[jax.Array | None]]:
+        """Stacks of weights and of biases."""
+        found = []
+        for number, width in enumerate(self.widths):
+            grid = dataclasses.replace(self.grid, n_out=width)
+            cases = [Case.random(10 * number + layer, grid, self.offset) for layer in range(layers)]
+            found.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *((case.w, case.bias) for case in cases)))
+        return [w for w, _ in found], [None if self.bias is None else bias.astype(self.bias) for _, bias in found]
+
+
+# One launch each.
+GROUPS = (
+    Group(Grid(4, 256, 0, 64), (64, 32, 32), 1, jnp.bfloat16, None, jnp.float32),  # like q, k and v
+    Group(Grid(4, 256, 0, 64), (64, 64), 9, jnp.float32),  # like gate and up
+    Group(Grid(4, 256, 0, 128), (32, 96, 64), offset=jnp.float16),  # three different widths
+    Group(Grid(4, 200, 0, 32), (41, 3, 33), 3, offset=jnp.float32, bias=jnp.float16),
+    Group(Grid(4, 130, 0, -1), (40, 40, 7), 20, jnp.float32, bias=jnp.float16),
+    Group(Grid(2, 200, 0, 32), (33, 64, 33), bias=jnp.float16),  # the first and the last alike
+    Group(Grid(3, 200, 0, 64), (41, 32, 32), 40),
+    Group(Grid(8, 90, 0, 32), (64, 33), 65, offset=jnp.float16),
+)
+# A launch each, or none.
+SINGLE = (
+    (Group(Grid(4, 128, 0, 32), (33, 16, 16, 8)), 4),  # more than the kernel takes
+    (Group(Grid(4, 128, 0, 32, act_order=True), (33, 16)), 0),
+    (Group(Grid(4, 100, 0, 20), (33, 16)), 0),
+    (Group(Grid(4, 128, 0, 32), (33, 16), dtype=jnp.float32, offset=jnp.float16), 0),
+    (Group(Grid(4, 128, 0, 32), (33, 16), rows=129), 0),
+)
+
+
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of outputs, single numbers apart, of every launch of the packed matmul."""
+    from lotaqaf_jax.kernels.matmul import gpu
+
+    launch, made = gpu.launch, []
+
+    def count(*inputs: Any, out: Sequence[jax.ShapeDtypeStruct], **rest: Any) -> list[jax.Array]:
+        made.append(sum(len(one.shape) > 1 for one in out))
+        return launch(*inputs, out=out, **rest)
+
+    monkeypatch.setattr(gpu, "launch", count)
+    return made
+
+
+@pytest.mark.parametrize("group", [*GROUPS, *(group for group, _ in SINGLE)], ids=str)
+def test_several_products_are_those_of_single_calls(implementation: str, group: Group) -> None:
+    weights, biases = group.weights(layers=2)
+    index = jnp.asarray(1, jnp.int32)
+    together = products(group.x, weights, biases, layer=index, implementation=implementation)
+    assert len(together) == len(weights)
+    for y, w, bias in zip(together, weights, biases, strict=True):
+        alone = product(group.x, w, bias, layer=index, implementation=implementation)
+        assert (y.shape, y.dtype) == ((group.rows, w.shape[1]), group.dtype)
+        assert np.abs(np.asarray(y, np.float32)).max() > 0
+        np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize(("group", "singles"), [*((group, 0) for group in GROUPS), *SINGLE], ids=str)
+def test_what_is_alike_takes_one_launch(group: Group, singles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    made = launches_of(monkeypatch)
+    weights, biases = group.weights()
+    jax.eval_shape(lambda x: packed_matmul_many(x, weights, biases, layer=0, implementation="triton"), group.x)
+    assert made == ([len(weights)] if group in GROUPS else [1] * singles)
+
+
+def test_what_differs_takes_a_launch_each(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Case.random(1, Grid(4, 128, 33, 32))
+    others = [
+        (Case.random(2, Grid(8, 128, 16, 32)).w, base.bias[:16]),
+        (Case.random(2, Grid(4, 128, 16, 64)).w, base.bias[:16]),
+        (Case.random(2, Grid(4, 128, 16, 32), jnp.float16).w, base.bias[:16]),
+        (Case.random(2, Grid(4, 128, 16, 32), scales=jnp.float32).w, base.bias[:16]),
+        (Case.random(2, Grid(4, 128, 16, 32)).w, base.bias[:16].astype(jnp.float16)),
+        (Case.random(2, Grid(4, 128, 16, 32)).w, None),
+    ]
+    made = launches_of(monkeypatch) if implementation == "triton" else []
+    x = rows_of(3, 2, 128, dtype=jnp.float16)
+    for w, bias in others:
+        together = packed_matmul_many(x, (base.w, w), (base.bias, bias), implementation=implementation)
+        np.testing.assert_array_equal(together[0], packed_matmul(x, base.w, base.bias, implementation=implementation))
+        np.testing.assert_array_equal(together[1], packed_matmul(x, w, bias, implementation=implementation))
+    assert set(made) == ({1} if implementation == "triton" else set())
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: f"{blocks.rows}-{blocks.steps}-{blocks.split}")
+def test_company_does_not_change_the_order_of_a_sum(blocks: MatmulBlocks) -> None:
+    """Where warps share k, programs start in different rounds, or the sum is split."""
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    from lotaqaf_jax.kernels.matmul.gpu import fused
+
+    group = Group(Grid(4, 512, 0, 64), (64, 41), 11, jnp.float32, bias=jnp.float32)
+    weights, biases = group.weights(layers=2)
+    together = fused(group.x, weights, biases, 1, blocks)
+    for y, w, bias in zip(together, weights, biases, strict=True):
+        np.testing.assert_array_equal(y, fused(group.x, [w], [bias], 1, blocks)[0])
+
+
+def test_warps_go_by_the_columns_of_a_launch() -> None:
+    several, one = (matmul_blocks(1, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (7168,)))
+    assert several == one
+    assert matmul_blocks(1, 5120, (13824, 13824), 4, 64) != matmul_blocks(1, 5120, (13824,), 4, 64)
 
 
 def test_every_supported_layout_of_a_model_has_blocks() -> None:
     for bits in (2, 3, 4, 8):
         for group in (32, 64, 128, 5120):
             for rows in (1, 16, 64, 128):
-                blocks = matmul_blocks(rows, 5120, 13824, bits, group)
+                blocks = matmul_blocks(rows, 5120, (13824,), bits, group)
                 assert blocks is not None
                 assert blocks.rows >= min(rows, 32)
                 assert blocks.warps in (2, 4, 8, 16)
-    assert matmul_blocks(129, 5120, 13824, 4, 64) is None
-    assert matmul_blocks(1, 5120, 13824, 4, 20) is None
+    assert matmul_blocks(129, 5120, (13824,), 4, 64) is None
+    assert matmul_blocks(1, 5120, (13824,), 4, 20) is None
     assert [bucket_of(rows) for rows in (1, 8, 9, 128, 129)] == [8, 8, 16, 128, None]
 
 
@@ -170,5 +297,11 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         packed_matmul(x, w, layer=0)
     with pytest.raises(ConfigError, match=r"bias has shape \(3,\), expected \(16,\)"):
         packed_matmul(x, w, jnp.ones(3))
+    with pytest.raises(ConfigError, match="found 2 weights and 1 biases"):
+        packed_matmul_many(x, (w, w), (None,))
+    with pytest.raises(ConfigError, match="found 0 weights"):
+        packed_matmul_many(x, ())
+    with pytest.raises(ConfigError, match=r"x has shape \(2, 64\), expected \(rows, 32\)"):
+        packed_matmul_many(x, (w, Case.random(1, Grid(4, 32, 16, 32)).w))
     with pytest.raises(ConfigError, match="implementation: found 'cuda'"):
         packed_matmul(x, w, implementation="cuda")

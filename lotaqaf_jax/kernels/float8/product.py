@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lotaqaf_jax.kernels.choose import choose
+from lotaqaf_jax.kernels.choose import ADA, choose, compute_capability
 
 __all__ = ["float8_weight_gradient", "quantized_columns"]
 
@@ -49,7 +49,8 @@ def quantized_columns(x: jax.Array, dtype: jnp.dtype, implementation: str | None
 
     Where x holds NaN or infinity s is NaN, which the training loop finds in the gradient.
     """
-    triton = choose(implementation) == "triton"
+    # Ampere cannot round to e4m3, and gains nothing by it.
+    triton = choose(implementation) == "triton" and (compute_capability() or ADA) >= ADA
     if triton:
         from lotaqaf_jax.kernels.float8 import gpu
 

@@ -11,6 +11,7 @@ and two products with S are all that is taken of anything as large as the weight
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def right_product(
     return q.sum(axis=0)
 
 
-def _sizes(w: QuantizedWeight, rank: int, blocks: GradientBlocks) -> dict[str, int]:
+def _sizes(w: QuantizedWeight, rank: int, blocks: GradientBlocks) -> dict[str, Any]:
     """What both kernels are told of sizes; the rank as tensor cores take it."""
     sizes = {"K": w.shape[0], "N": w.shape[1], "GROUP": _group(w), "rank": rank, "INTERPRET": interpreted()}
     return sizes | {"RANK": max(16, 1 << (rank - 1).bit_length()), "ROWS": blocks.rows, "COLUMNS": blocks.columns}

@@ -8,6 +8,7 @@ warps that still fit the registers.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 __all__ = ["BUCKETS", "MatmulBlocks", "bucket_of", "matmul_blocks", "period_of"]
 
@@ -70,9 +71,11 @@ def bucket_of(rows: int) -> int | None:
     return next((bucket for bucket in BUCKETS if rows <= bucket), None)
 
 
-def matmul_blocks(rows: int, n_in: int, n_out: int, bits: int, group: int) -> MatmulBlocks | None:
-    """The blocks for x (rows, n_in) and W (n_in, n_out) with ``group`` rows in a group; None where no blocks do.
+def matmul_blocks(rows: int, n_in: int, widths: Sequence[int], bits: int, group: int) -> MatmulBlocks | None:
+    """The blocks for x (rows, n_in) and every W (n_in, width) of a launch; None where no blocks do.
 
+    ``group`` is the number of rows in a group. Only the number of warps depends on ``widths``, by the blocks of columns
+    of all weights together: what is resident at once does not ask whose columns a program works on.
     A round of a warp must lie in one group, or a step must hold whole groups of whole periods.
     """
     bucket = bucket_of(rows)
@@ -88,12 +91,12 @@ def matmul_blocks(rows: int, n_in: int, n_out: int, bits: int, group: int) -> Ma
         blocks = dataclasses.replace(blocks, steps=longer, ahead=1, x_ahead=0, unroll=1)
     while blocks.steps > 1 and group < n_in and group % (blocks.steps * depth):
         blocks = dataclasses.replace(blocks, steps=blocks.steps // 2)
-    return dataclasses.replace(blocks, warps=_warps(blocks, depth, n_in, n_out))
+    return dataclasses.replace(blocks, warps=_warps(blocks, depth, n_in, widths))
 
 
-def _warps(blocks: MatmulBlocks, depth: int, n_in: int, n_out: int) -> int:
+def _warps(blocks: MatmulBlocks, depth: int, n_in: int, widths: Sequence[int]) -> int:
     """As many as are resident at once, 2 to 16, while each still has 8 rounds."""
-    programs = -(-n_out // (32 * blocks.tiles))
+    programs = sum(-(-n_out // (32 * blocks.tiles)) for n_out in widths)
     resident = _RESIDENT[blocks.rows]
     least = 2 if blocks.rows == 64 else 4
     if programs * least > resident:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.quant.weight import QuantizedWeight
 
-__all__ = ["layer_of", "packed_matmul", "reference"]
+__all__ = ["layer_of", "packed_matmul", "packed_matmul_many", "reference"]
 
 
 def packed_matmul(
@@ -44,12 +46,50 @@ def packed_matmul(
     Raises:
         ConfigError: an unknown implementation, or arguments that do not fit each other.
     """
-    _check(x, w, bias, layer)
+    return packed_matmul_many(x, (w,), (bias,), layer=layer, implementation=implementation)[0]
+
+
+def packed_matmul_many(
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight],
+    biases: Sequence[jax.Array | None] | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """y_i = x @ W_i + bias_i: :func:`packed_matmul` for several weights of one x, such as q, k and v.
+
+    On a card up to three weights that are alike (bits, group size, types of scales, offset and bias, none with
+    act-order) take one launch, which reads each where it lies: a launch costs microseconds of its own, as much as
+    reading a small matrix. Others take a launch each. How many warps share a sum goes by the columns of the launch, so
+    a result can differ from that of a single call, by the rounding of a float32 sum in another order.
+
+    Args:
+        x: (rows, in), bfloat16, float16 or float32.
+        weights: the quantised weights (in, out_i), or stacks of them.
+        biases: (out_i,), or (layers, out_i) with stacks, or None, for every weight; or None for no bias at all.
+        layer: as in :func:`packed_matmul`, the same for all.
+        implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
+
+    Returns:
+        (rows, out_i) for every weight, in the type of ``x``; sums are float32, rounded once.
+
+    Raises:
+        ConfigError: an unknown implementation, or arguments that do not fit each other.
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    if not weights or len(biases) != len(weights):
+        raise ConfigError(
+            f"packed_matmul_many: found {len(weights)} weights and {len(biases)} biases; pass at least one weight, and "
+            "a bias or None for each."
+        )
+    for w, bias in zip(weights, biases, strict=True):
+        _check(x, w, bias, layer)
     if choose(implementation) == "xla":
-        return reference(x, *layer_of(w, bias, layer))
+        return tuple(reference(x, *layer_of(w, bias, layer)) for w, bias in zip(weights, biases, strict=True))
     from lotaqaf_jax.kernels.matmul import gpu
 
-    return gpu.matmul(x, w, bias, layer)
+    return gpu.matmul(x, weights, biases, layer)
 
 
 def reference(x: jax.Array, w: QuantizedWeight, bias: jax.Array | None) -> jax.Array:

@@ -325,11 +325,27 @@ def _right(
 
 
 @triton.jit
+def _of_weight(block, first, second, third, END0: tl.constexpr, END1: tl.constexpr, END2: tl.constexpr):
+    """What belongs to the weight in whose columns ``block`` lies: blocks of the first end at END0, and so on."""
+    chosen = first
+    if END1 > END0:
+        chosen = tl.where(block >= END0, second, chosen)
+    if END2 > END1:
+        chosen = tl.where(block >= END1, third, chosen)
+    return chosen
+
+
+@triton.jit
 def matmul_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, offset_ptr, bias_ptr, layer_ptr,
+    x_ptr,
+    words0_ptr, scales0_ptr, zeros0_ptr, offset0_ptr, bias0_ptr,
+    words1_ptr, scales1_ptr, zeros1_ptr, offset1_ptr, bias1_ptr,
+    words2_ptr, scales2_ptr, zeros2_ptr, offset2_ptr, bias2_ptr,
+    layer_ptr,
     rows,
-    y_ptr,
-    K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr,
+    y0_ptr, y1_ptr, y2_ptr,
+    K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    words: tl.constexpr, groups: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     OFFSET: tl.constexpr, BIAS: tl.constexpr, LAYER: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
@@ -338,6 +354,9 @@ def matmul_kernel(
 ):  # fmt: skip
     """ROWS rows by 32*TILES columns of y, over all k or, with SPLIT, a part of it, in ROUNDS rounds of all warps.
 
+    Up to three weights of N0, N1 and N2 columns have their blocks of columns one behind the other; N1 and N2 are 0
+    where there are fewer. A program works on one of them, and what it does depends on the weight in pointers and N
+    alone.
     A warp's round is STEPS steps of four periods. PARTS is 1 where it lies in one group of GROUP rows; where a group
     is smaller than a step (then STEPS is 1), the number of groups in a step: x is masked to one of them at a time.
     EVEN: rounds and columns cover the matrix exactly. LINEAR: a round covers whole groups, or there is only one.
@@ -345,6 +364,22 @@ def matmul_kernel(
     different rounds, so that they do not all ask for the same x at once.
     """
     COLUMNS: tl.constexpr = 32 * TILES
+    END0: tl.constexpr = (N0 + COLUMNS - 1) // COLUMNS
+    END1: tl.constexpr = END0 + (N1 + COLUMNS - 1) // COLUMNS
+    END2: tl.constexpr = END1 + (N2 + COLUMNS - 1) // COLUMNS
+    block = tl.program_id(0)
+    words_ptr = _of_weight(block, words0_ptr, words1_ptr, words2_ptr, END0, END1, END2)
+    scales_ptr = _of_weight(block, scales0_ptr, scales1_ptr, scales2_ptr, END0, END1, END2)
+    zeros_ptr = _of_weight(block, zeros0_ptr, zeros1_ptr, zeros2_ptr, END0, END1, END2)
+    offset_ptr = _of_weight(block, offset0_ptr, offset1_ptr, offset2_ptr, END0, END1, END2)
+    bias_ptr = _of_weight(block, bias0_ptr, bias1_ptr, bias2_ptr, END0, END1, END2)
+    y_ptr = _of_weight(block, y0_ptr, y1_ptr, y2_ptr, END0, END1, END2)
+    if (N1 == N0 or N1 == 0) and (N2 == N0 or N2 == 0):
+        N: tl.constexpr = N0
+    else:
+        # Triton knows what divides all of them, which is as good as a constant.
+        N = _of_weight(block, N0, N1, N2, END0, END1, END2)
+    block -= _of_weight(block, 0, END0, END1, END0, END1, END2)
     J: tl.constexpr = min(VALUES, 16 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8))
     SPAN: tl.constexpr = SPLIT * WARPS * STEPS * 4  # periods in a round
     # Axes (warp, step, tile, place). Triton deals the lanes of a warp to the last axis, four words to each: lane 4a + p
@@ -356,7 +391,7 @@ def matmul_kernel(
     tile = tl.arange(0, TILES)[None, None, :, None]
     place = tl.arange(0, 128)[None, None, None, :]
     p = (place // 4) % 4
-    n = tl.program_id(0) * COLUMNS + tile * 32 + (place // 16) * 4 + place % 4
+    n = block * COLUMNS + tile * 32 + (place // 16) * 4 + place % 4
     word = ((worker * STEPS + step) * 4 + p) * WORDS
     word_at = tl.max_contiguous(word * N + n, (2, 1, 1, 4))
     # A period of the first step, and the first value of every part: their groups, if LINEAR.
@@ -388,7 +423,7 @@ def matmul_kernel(
         offset_ptr += layer * groups * N
         bias_ptr += layer * N
 
-    start = tl.program_id(0) % ROUNDS if ROTATE else 0
+    start = block % ROUNDS if ROTATE else 0
     round0 = _load_round(
         0, start, words_ptr, scales_ptr, zeros_ptr, offset_ptr, word_at, zero_at, scale_at, n, word, first, of_part,
         N, words, groups, VALUES, WORDS, GROUP, SPAN, OFFSET, EVEN, LINEAR, ROUNDS,
@@ -466,7 +501,7 @@ def matmul_kernel(
 
     y = tl.sum(total, axis=0)
     m = tl.arange(0, COLUMNS)
-    column = tl.program_id(0) * COLUMNS + (m // 32) * 32 + (m % 8) * 4 + (m // 8) % 4
+    column = block * COLUMNS + (m // 32) * 32 + (m % 8) * 4 + (m // 8) % 4
     out = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
