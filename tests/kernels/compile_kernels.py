@@ -49,8 +49,8 @@ def record(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=aligned,
     )
-    # Ampere has no float8 e4m3.
-    for capability in (90,) if "*fp8e4nv" in kinds.values() else (90, 80):
+    # Ampere does not round to float8.
+    for capability in (90,) if any(kind.startswith("*fp8") for kind in kinds.values()) else (90, 80):
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         name = kernel.fn.__name__

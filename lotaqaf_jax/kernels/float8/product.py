@@ -49,7 +49,7 @@ def quantized_columns(x: jax.Array, dtype: jnp.dtype, implementation: str | None
 
     Where x holds NaN or infinity s is NaN, which the training loop finds in the gradient.
     """
-    # Ampere cannot round to e4m3, and gains nothing by it.
+    # Ampere cannot round to float8, and gains nothing by it.
     triton = choose(implementation) == "triton" and (compute_capability() or ADA) >= ADA
     if triton:
         from lotaqaf_jax.kernels.float8 import gpu
