@@ -91,9 +91,9 @@ def weight_matrix(
 def _fused(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> jax.Array:
     from lotaqaf_jax.kernels.adjust import gpu
 
-    if adapter is not None:
-        w, _ = gpu.merged(w, adapter.a, adapter.b, adapter.omega, adapter.offset, adapter.offset_dtype)
-    return gpu.dequantized(w, dtype)
+    if adapter is None:
+        return gpu.dequantized(w, dtype)
+    return gpu.adjusted(w, adapter.a, adapter.b, adapter.omega, adapter.offset, adapter.offset_dtype, dtype)
 
 
 def quantized_linear(

@@ -72,6 +72,9 @@ class TrainConfig:
         "fits the GPU's memory, block elsewhere",
         "auto",
     )
+    float8: bool = _help(
+        "bfloat16 only: round to 8 bits for the one product behind the adapters' gradients; faster on Hopper", False
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _help("type that is computed in; auto: by device", "auto")
     seed: int = _help("decides adapters and order of the data", 0)
 

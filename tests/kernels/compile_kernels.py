@@ -68,6 +68,8 @@ def main() -> None:
         a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, 64), (64, grid.n_out)))
         merged, _ = adjust.merged(w, a, b, 14.0, "reference", jnp.float32, count=True)
         adjust.dequantized(merged, jnp.bfloat16)
+        adjust.adjusted(w, a, b, 14.0, "reference", jnp.float32, jnp.bfloat16)
+        adjust.adjusted(w, a, b, 14.0, "none", jnp.float32, jnp.float32)
         narrow = dataclasses.replace(grid, n_out=grid.n_out // 2)
         narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):

@@ -15,7 +15,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-KERNELS = {"merge_kernel", "group_steps_kernel", "dequantize_kernel", "left_kernel", "right_kernel", "largest_kernel"}
+KERNELS = {
+    "merge_kernel",
+    "packed_kernel",
+    "group_steps_kernel",
+    "dequantize_kernel",
+    "left_kernel",
+    "right_kernel",
+    "largest_kernel",
+}
 SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}  # bytes that one program may ask for
 
 

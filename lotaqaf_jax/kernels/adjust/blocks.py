@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-__all__ = ["AdjustBlocks", "can_pack", "merge_blocks", "period_of", "step_blocks"]
+__all__ = ["AdjustBlocks", "any_packed_blocks", "can_pack", "merge_blocks", "packed_blocks", "period_of", "step_blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,12 @@ _PLAIN = {
     4: AdjustBlocks(16, 64, 2),
     8: AdjustBlocks(32, 64, 4),
 }
-_PACKED = AdjustBlocks(64, 32, 4)
 MOST_PERIODS = 64
+
+PACKED_ROWS = 128
+"""Rows of a packed tile, if a group has no more and 16 periods, which its products sum over, fit."""
+MOST_PACKED_ROWS = 256
+PACKED_COLUMNS = 64
 
 
 def can_pack(bits: int, rank: int) -> bool:
@@ -39,8 +43,22 @@ def can_pack(bits: int, rank: int) -> bool:
     return bits != 3 and period_of(bits)[0] * rank <= 2048
 
 
-def merge_blocks(bits: int, group_size: int, *, packed: bool) -> AdjustBlocks | None:
-    """The tile of the merge for a width and group size, or None where groups do not fill tiles.
+def packed_blocks(bits: int, group_size: int) -> AdjustBlocks | None:
+    """The tile of the packed kernel that holds whole groups, of two periods or more each; None where there is none."""
+    values, _ = period_of(bits)
+    if group_size < 2 * values or group_size & (group_size - 1) or group_size > MOST_PACKED_ROWS:
+        return None
+    blocks = any_packed_blocks(bits)
+    return dataclasses.replace(blocks, periods=max(blocks.periods, group_size // values))
+
+
+def any_packed_blocks(bits: int) -> AdjustBlocks:
+    """The tile of the packed kernel where no sum over a group is wanted."""
+    return AdjustBlocks(max(16, PACKED_ROWS // period_of(bits)[0]), PACKED_COLUMNS, 4)
+
+
+def merge_blocks(bits: int, group_size: int) -> AdjustBlocks | None:
+    """The plain tile of the merge for a width and group size, or None where groups do not fill tiles.
 
     Tiles hold whole groups, and groups whole periods, in powers of two, as Triton's shapes are.
     """
@@ -48,10 +66,10 @@ def merge_blocks(bits: int, group_size: int, *, packed: bool) -> AdjustBlocks | 
     periods, rest = divmod(group_size, values)
     if group_size <= 0 or rest or periods & (periods - 1) or periods > MOST_PERIODS:
         return None
-    blocks = _PACKED if packed else _PLAIN[bits]
+    blocks = _PLAIN[bits]
     return dataclasses.replace(blocks, periods=max(blocks.periods, periods))
 
 
 def step_blocks(bits: int) -> AdjustBlocks:
-    """The tile of a merge that leaves groups out."""
+    """The plain tile of a merge that leaves groups out."""
     return AdjustBlocks(16, 64 if bits == 3 else 128, 4)

@@ -1,8 +1,9 @@
 """The adjusted weight on a GPU: which kernel runs, with which arguments. Equations: :mod:`lotaqaf_jax.ternary`.
 
-Two kernels make the adjusted weight: the merge (new words and mu, by tiles of whole groups) and dequantise, which is
-also that of merged weights. Groups that no tile holds (one group for all rows, odd sizes) and act-order take the merge
-in two parts, steps and group sums. Nothing of the size (in, out) is made but the result.
+At 2, 4 and 8 bit one kernel makes the adjusted weight from its tile's words and adapters, or the merged words and mu
+instead. Elsewhere (3 bit, groups that no tile holds, act-order with an offset) it takes two in a row: the merge, and
+dequantise, which is also that of merged weights. Groups that no tile holds take the merge in two parts, steps and group
+sums. Nothing of the size (in, out) is made but the result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lotaqaf_jax.kernels.adjust.blocks import can_pack, merge_blocks, period_of, step_blocks
+from lotaqaf_jax.kernels.adjust.blocks import (
+    AdjustBlocks,
+    any_packed_blocks,
+    can_pack,
+    merge_blocks,
+    packed_blocks,
+    period_of,
+    step_blocks,
+)
 from lotaqaf_jax.kernels.launch import interpreted, launch
 from lotaqaf_jax.quant.weight import QuantizedWeight, trivial_g_idx
 from lotaqaf_jax.ternary import Offset, inverse_rows, offset_of_sums, short_parts
@@ -25,11 +34,16 @@ __all__ = ["adjusted", "dequantized", "merged"]
 def adjusted(
     w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any, dtype: Any
 ) -> jax.Array:
-    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out).
-
-    Merged words on the way: a quarter of the result at 4 bit, and adapted and merged weights come from one kernel.
-    """
-    return dequantized(merged(w, a, b, omega, offset, offset_dtype)[0], dtype)
+    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out)."""
+    blocks = None
+    if _packs(w, a) and w.g_idx is None:
+        values, _ = period_of(w.bits)
+        blocks = packed_blocks(w.bits, w.group_size)
+        if blocks is None and offset == "none" and _rows_of_group(w) % (2 * values) == 0:
+            blocks = any_packed_blocks(w.bits)
+    if blocks is None:
+        return dequantized(merged(w, a, b, omega, offset, offset_dtype)[0], dtype)
+    return _packed(w, a, b, omega, offset, offset_dtype, blocks, weight=dtype)[3]
 
 
 def merged(
@@ -55,53 +69,18 @@ def merged(
         in_place: put the new words where the old ones are, if nothing else needs them; else XLA copies them first.
         count: whether to count; without, the second result means nothing.
     """
-    packed = can_pack(w.bits, a.shape[-1]) and not interpreted()
-    blocks = None if w.g_idx is not None else merge_blocks(w.bits, w.group_size, packed=packed)
-    tiled = blocks is not None
-    if blocks is None:
-        # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
-        packed, blocks = False, step_blocks(w.bits)
-    n_in, n_out = w.shape
-    rank = a.shape[-1]
-    values, words = period_of(w.bits)
-    grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
-    here = tiled and offset != "none"
+    find = packed_blocks if _packs(w, a) else merge_blocks
+    blocks = None if w.g_idx is not None else find(w.bits, w.group_size)
+    # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
+    here = blocks is not None and offset != "none"
     in_place = in_place and (here or offset == "none")
-    parts = short_parts(omega)
-    new_words, mu, moved = launch(
-        _kernels().merge_kernel,
-        w.qweight,
-        a.astype(jnp.float16),
-        b.astype(jnp.float16),
-        inverse_rows(w, omega, offset) if here else jnp.zeros((1, 1), jnp.float32),
-        float(math.floor(omega)),
-        *[*parts, 0.0, 0.0][:3],
-        out=[
-            jax.ShapeDtypeStruct(w.qweight.shape, jnp.int32),
-            jax.ShapeDtypeStruct((w.groups, n_out) if here else (1, 1), offset_dtype),
-            jax.ShapeDtypeStruct(grid[::-1] if count else (1, 1), jnp.int32),
-        ],
-        grid=grid,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        aliases={0: 0} if in_place else None,
-        **_sizes(w),
-        rank=rank,
-        BITS=w.bits,
-        VALUES=values,
-        WORDS=words,
-        RANK=max(16, 1 << (rank - 1).bit_length()),  # as tensor cores take it
-        GROUP=w.group_size if tiled else 0,
-        OFFSET=here,
-        PARTS=len(parts),
-        DROP=23 - min(jnp.finfo(offset_dtype).nmant, 22),
-        FLUSH=jnp.dtype(offset_dtype) == jnp.float16,
-        PACKED=packed,
-        COUNT=count,
-        IN_PLACE=in_place,
-        BLOCK_P=blocks.periods,
-        BLOCK_N=blocks.columns,
-    )
+    within: Offset = offset if here else "none"
+    if _packs(w, a):
+        blocks = blocks or any_packed_blocks(w.bits)
+        words, mu, moved, _ = _packed(w, a, b, omega, within, offset_dtype, blocks, in_place=in_place, count=count)
+    else:
+        blocks = blocks or step_blocks(w.bits)
+        words, mu, moved = _plain(w, a, b, omega, within, offset_dtype, blocks, in_place=in_place, count=count)
     merged_offset: jax.Array | None = None
     if here:
         merged_offset = mu
@@ -109,8 +88,143 @@ def merged(
         # The sum of D over a group is the sum of A's rows times B: exact, and small.
         sum_a = w.group_sum(a.astype(jnp.float32))
         sum_d = jnp.matmul(sum_a, b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        merged_offset = offset_of_sums(w, sum_d, _group_steps(w, new_words), omega, offset, offset_dtype)
-    return dataclasses.replace(w, qweight=new_words, offset=merged_offset), moved
+        merged_offset = offset_of_sums(w, sum_d, _group_steps(w, words), omega, offset, offset_dtype)
+    return dataclasses.replace(w, qweight=words, offset=merged_offset), moved
+
+
+def _packs(w: QuantizedWeight, a: jax.Array) -> bool:
+    """Whether the packed kernel takes this width and rank; the interpreter cannot run it."""
+    return can_pack(w.bits, a.shape[-1]) and not interpreted()
+
+
+def _packed(
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: float,
+    offset: Offset,
+    offset_dtype: Any,
+    blocks: AdjustBlocks,
+    *,
+    in_place: bool = False,
+    count: bool = False,
+    weight: Any = None,
+) -> list[jax.Array]:
+    """New words, mu, the counts of moved integers, and the weight in the type ``weight``: either words or weight."""
+    from lotaqaf_jax.kernels.adjust.packed import packed_kernel
+
+    n_in, n_out = w.shape
+    rank = a.shape[-1]
+    values, _ = period_of(w.bits)
+    rows = blocks.periods * values
+    tiles = -(-n_in // rows)
+    padded = _padded(rank)
+    # By tile, value of the period and period, as the kernel multiplies it.
+    a = jnp.pad(a.astype(jnp.float16), ((0, tiles * rows - n_in), (0, padded - rank)))
+    a = a.reshape(tiles, blocks.periods, values, padded).swapaxes(1, 2)
+    return launch(
+        packed_kernel,
+        w.qweight,
+        a,
+        b.astype(jnp.float16),
+        _inverse(w, omega, offset),
+        w.scales,
+        w.zeros,
+        *_thresholds(omega),
+        out=[
+            *_outputs(w, offset, offset_dtype, (tiles, -(-n_out // blocks.columns)) if count else None, weight is None),
+            jax.ShapeDtypeStruct((1, 1) if weight is None else w.shape, weight or jnp.float32),
+        ],
+        grid=(-(-n_out // blocks.columns), tiles),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        aliases={0: 0} if in_place else None,
+        **_rule(w, rank, omega, offset, offset_dtype),
+        GROUP=_rows_of_group(w) or 1,
+        COUNT=count,
+        IN_PLACE=in_place,
+        WEIGHT=weight is not None,
+        BLOCK_P=blocks.periods,
+        BLOCK_N=blocks.columns,
+    )
+
+
+def _plain(
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: float,
+    offset: Offset,
+    offset_dtype: Any,
+    blocks: AdjustBlocks,
+    *,
+    in_place: bool,
+    count: bool,
+) -> list[jax.Array]:
+    """New words, mu, and the counts of moved integers."""
+    n_in, n_out = w.shape
+    values, words = period_of(w.bits)
+    grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
+    return launch(
+        _kernels().merge_kernel,
+        w.qweight,
+        a.astype(jnp.float16),
+        b.astype(jnp.float16),
+        _inverse(w, omega, offset),
+        *_thresholds(omega),
+        out=_outputs(w, offset, offset_dtype, grid[::-1] if count else None, True),
+        grid=grid,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        aliases={0: 0} if in_place else None,
+        **_rule(w, a.shape[-1], omega, offset, offset_dtype),
+        WORDS=words,
+        GROUP=w.group_size,
+        COUNT=count,
+        IN_PLACE=in_place,
+        BLOCK_P=blocks.periods,
+        BLOCK_N=blocks.columns,
+    )
+
+
+def _inverse(w: QuantizedWeight, omega: float, offset: Offset) -> jax.Array:
+    return jnp.zeros((1, 1), jnp.float32) if offset == "none" else inverse_rows(w, omega, offset)
+
+
+def _thresholds(omega: float) -> list[float]:
+    """What |D| must pass, and omega in parts."""
+    return [float(math.floor(omega)), *[*short_parts(omega), 0.0, 0.0][:3]]
+
+
+def _outputs(
+    w: QuantizedWeight, offset: Offset, offset_dtype: Any, counts: tuple[int, ...] | None, words: bool
+) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of words, mu and counts; what is not asked for is a single number."""
+    mu = (w.groups, w.shape[1]) if words and offset != "none" else (1, 1)
+    return [
+        jax.ShapeDtypeStruct(w.qweight.shape if words else (1, 1), jnp.int32),
+        jax.ShapeDtypeStruct(mu, offset_dtype),
+        jax.ShapeDtypeStruct(counts or (1, 1), jnp.int32),
+    ]
+
+
+def _rule(w: QuantizedWeight, rank: int, omega: float, offset: Offset, offset_dtype: Any) -> dict[str, Any]:
+    """What both kernels are told of sizes and settings."""
+    return _sizes(w) | {
+        "rank": rank,
+        "BITS": w.bits,
+        "VALUES": period_of(w.bits)[0],
+        "RANK": _padded(rank),
+        "OFFSET": offset != "none",
+        "PARTS": len(short_parts(omega)),
+        "DROP": 23 - min(jnp.finfo(offset_dtype).nmant, 22),
+        "FLUSH": jnp.dtype(offset_dtype) == jnp.float16,
+    }
+
+
+def _padded(rank: int) -> int:
+    """As tensor cores take it."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _sizes(w: QuantizedWeight) -> dict[str, Any]:

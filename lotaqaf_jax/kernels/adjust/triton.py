@@ -17,7 +17,7 @@ import triton.language as tl
 
 from lotaqaf_jax.kernels.words import neighbours
 
-__all__ = ["dequantize_kernel", "group_steps_kernel", "merge_kernel"]
+__all__ = ["dequantize_kernel", "group_steps_kernel", "merge_kernel", "short_float", "without_steps"]
 
 
 @triton.jit
@@ -118,7 +118,18 @@ def _by_group(per_period, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def _round(x, DROP: tl.constexpr, FLUSH: tl.constexpr):
+def without_steps(total, taken, part0, part1, part2, PARTS: tl.constexpr):
+    """sum of D - omega * sum of T, with omega in PARTS parts whose products with ``taken`` are exact."""
+    total -= part0 * taken
+    if PARTS > 1:
+        total -= part1 * taken
+    if PARTS > 2:
+        total -= part2 * taken
+    return total
+
+
+@triton.jit
+def short_float(x, DROP: tl.constexpr, FLUSH: tl.constexpr):
     """Round float32 to nearest, ties to even, leaving off DROP bits of the mantissa; below 2**-14 to 0 if FLUSH."""
     bits = x.to(tl.int32, bitcast=True)
     half: tl.constexpr = (1 << (DROP - 1)) - 1
@@ -140,128 +151,6 @@ def _dequantize(q, z, s, mu, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _columns(x):
-    """Even and odd columns of (rows, columns), (rows, columns/2) each."""
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-
-
-@triton.jit
-def _together(even, odd):
-    """The inverse of :func:`_columns`."""
-    return tl.reshape(tl.join(even, odd), (even.shape[0], even.shape[1] * 2))
-
-
-@triton.jit
-def _pack(x):
-    """(rows, columns) float16 -> (rows, columns/2) words of two neighbouring columns."""
-    even, odd = _columns(x)
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _unpack(x):
-    """The inverse of :func:`_pack`."""
-    even, odd = tl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
-    )
-    return _together(even, odd)
-
-
-@triton.constexpr_function
-def _step_assembly(shift, bits, count):
-    """PTX of :func:`_take_step`. $0 x, $1 sum_d, $2 sum_t, then moved if ``count``; the same as inputs; d; limit."""
-    twice = 0x00010001
-    field = (((1 << bits) - 1) << shift) * twice
-    unit = (0x3C00 + (shift << 10)) * twice  # 2**shift, and its negative and inverse, as two float16 in a word
-    negative = unit | 0x8000 * twice
-    inverse = (0x3C00 - (shift << 10)) * twice
-    x, sum_d, sum_t, moved, d, limit = (f"${i}" for i in ((4, 5, 6, 7, 8, 9) if count else (3, 4, 5, 0, 6, 7)))
-    count_moved = f"abs.f16x2 m, m; fma.rn.f16x2 $3, m, part, {moved};" if count else ""
-    return f"""{{
-        .reg .b32 u, v, m, k, base, top, one, minus, up, down, part;
-        mov.b32 base, 0x64006400; mov.b32 one, 0x3C003C00; mov.b32 minus, 0xBC00BC00;
-        mov.b32 top, {0x6400 * twice | field}; mov.b32 up, {unit}; mov.b32 down, {negative}; mov.b32 part, {inverse};
-        fma.rn.sat.f16x2 u, {d}, one, {limit};
-        fma.rn.sat.f16x2 v, {d}, minus, {limit};
-        lop3.b32 m, {x}, {field}, base, 0xEA;
-        fma.rn.f16x2 k, u, up, m;
-        fma.rn.f16x2 k, v, down, k;
-        max.f16x2 k, k, base;
-        min.f16x2 k, k, top;
-        sub.f16x2 m, k, m;
-        lop3.b32 $0, {x}, k, {field}, 0xD8;
-        add.f16x2 $1, {sum_d}, {d};
-        fma.rn.f16x2 $2, m, part, {sum_t};
-        {count_moved}
-    }}"""
-
-
-@triton.jit
-def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
-    """Add the steps of one value of every period, two columns in one instruction.
-
-    Every operand holds two neighbouring columns in a word: ``x`` a byte of both, of which the BITS from SHIFT on are
-    the value q; the others a float16 of each. As a float16, 1024 + 2**SHIFT * q has q's bits where the byte has them:
-
-        u = sat(D - limit),  v = sat(-D - limit)         1 where D > limit, where D < -limit; sat clips to [0, 1]
-        k = clip(m + 2**SHIFT * (u - v), 1024, 1024 + 2**SHIFT * (2**BITS - 1)),   m = 1024 + 2**SHIFT * q
-
-    so that T = (k - m) / 2**SHIFT with the boundary rule, and the bits of k are those of the moved value.
-    ``limit`` holds -floor(omega). Every number is an integer of at most 2048, exact in float16.
-    """
-    asm: tl.constexpr = _step_assembly(SHIFT, BITS, COUNT)
-    if COUNT:
-        x, sum_d, sum_t, moved = tl.inline_asm_elementwise(
-            asm, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        x, sum_d, sum_t = tl.inline_asm_elementwise(
-            asm, "=&r,=&r,=&r,r,r,r,r,r", [x, sum_d, sum_t, d, limit],
-            dtype=(tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return x, sum_d, sum_t, moved
-
-
-@triton.jit
-def _take_steps_packed(
-    w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit,
-    BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_take_steps` for values that lie in one word each, in float16 pairs; VALUES * rank is at most 2048."""
-    r = tl.arange(0, RANK)
-    b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=(r < rank)[:, None] & mask_n[None, :], other=0.0)
-    even, odd = _columns(w0)
-    # Byte 0, 1, 2 and 3 of the words of both columns.
-    first = (even & 0xFFFF) | (odd << 16)
-    second = (even >> 16) | (odd & 0xFFFF0000)
-    x0, x1 = first & 0x00FF00FF, (first >> 8) & 0x00FF00FF
-    x2, x3 = second & 0x00FF00FF, (second >> 8) & 0x00FF00FF
-    sum_d = tl.zeros((BLOCK_P, BLOCK_N // 2), tl.uint32)
-    sum_t, moved = sum_d, sum_d
-    limits = _pack(tl.zeros((BLOCK_P, BLOCK_N), tl.float16) - limit.to(tl.float16))
-    for j in tl.static_range(VALUES):
-        row = period * VALUES + j
-        a = tl.load(a_ptr + row[:, None] * rank + r[None, :], mask=(row < K)[:, None] & (r < rank)[None, :], other=0.0)
-        d = _pack(tl.dot(a, b, out_dtype=tl.float16))
-        if j * BITS // 8 == 0:
-            x0, sum_d, sum_t, moved = _take_step(x0, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
-        elif j * BITS // 8 == 1:
-            x1, sum_d, sum_t, moved = _take_step(x1, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
-        elif j * BITS // 8 == 2:
-            x2, sum_d, sum_t, moved = _take_step(x2, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
-        else:
-            x3, sum_d, sum_t, moved = _take_step(x3, sum_d, sum_t, moved, d, limits, j * BITS % 8, BITS, COUNT)
-    first = x0 | (x1 << 8)
-    second = x2 | (x3 << 8)
-    words = _together((first & 0xFFFF) | (second << 16), (first >> 16) | (second & 0xFFFF0000))
-    return words, _unpack(sum_d), _unpack(sum_t), _unpack(moved)
-
-
-@triton.jit
 def merge_kernel(
     words_ptr, a_ptr, b_ptr, inverse_ptr,
     limit, part0, part1, part2,
@@ -269,7 +158,7 @@ def merge_kernel(
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
-    PACKED: tl.constexpr, COUNT: tl.constexpr, IN_PLACE: tl.constexpr,
+    COUNT: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merged words of one tile, and its offset, for which it holds whole groups of GROUP consecutive rows.
@@ -283,15 +172,9 @@ def merge_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < N
     w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
-    if PACKED:
-        n0, sum_d, sum_t, moved = _take_steps_packed(
-            w0, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N, COUNT
-        )
-        n1, n2 = n0, n0
-    else:
-        n0, n1, n2, sum_d, sum_t, moved = _take_steps(
-            w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
-        )
+    n0, n1, n2, sum_d, sum_t, moved = _take_steps(
+        w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
+    )
     _store_words(new_words_ptr, n0, n1, n2, period, n, mask_n, words, N, WORDS)
     if COUNT:
         count = tl.sum(tl.sum(moved.to(tl.float32), axis=1), axis=0).to(tl.int32)
@@ -299,26 +182,13 @@ def merge_kernel(
     if OFFSET:
         PERIODS: tl.constexpr = GROUP // VALUES
         GROUPS: tl.constexpr = BLOCK_P // PERIODS
-        if PACKED:
-            # Sums over groups as products with ones: every row of a group gets its group's sum.
-            group_of = tl.arange(0, BLOCK_P) // PERIODS
-            ones = (group_of[:, None] == group_of[None, :]).to(tl.float16)
-            total = tl.dot(ones, sum_d)
-            taken = tl.dot(ones, sum_t)
-            group = tile * GROUPS + group_of
-            first = (tl.arange(0, BLOCK_P) % PERIODS == 0) & (group < groups)
-        else:
-            total = _by_group(sum_d, GROUPS, BLOCK_P, BLOCK_N)
-            taken = _by_group(sum_t, GROUPS, BLOCK_P, BLOCK_N)
-            group = tile * GROUPS + tl.arange(0, GROUPS)
-            first = group < groups
-        total -= part0 * taken
-        if PARTS > 1:
-            total -= part1 * taken
-        if PARTS > 2:
-            total -= part2 * taken
+        total = _by_group(sum_d, GROUPS, BLOCK_P, BLOCK_N)
+        taken = _by_group(sum_t, GROUPS, BLOCK_P, BLOCK_N)
+        group = tile * GROUPS + tl.arange(0, GROUPS)
+        first = group < groups
+        total = without_steps(total, taken, part0, part1, part2, PARTS)
         inverse = tl.load(inverse_ptr + group, mask=first, other=0.0)
-        mu = _round(total * inverse[:, None], DROP, FLUSH)
+        mu = short_float(total * inverse[:, None], DROP, FLUSH)
         at = offset_ptr + group[:, None] * N + n[None, :]
         tl.store(at, mu.to(offset_ptr.dtype.element_ty), mask=first[:, None] & mask_n[None, :])
 
