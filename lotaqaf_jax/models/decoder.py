@@ -13,7 +13,7 @@ from flax import nnx
 
 from lotaqaf_jax.kernels import TernaryAdapter, keep_products
 from lotaqaf_jax.kernels.attention import causal_attention
-from lotaqaf_jax.models.cache import KVCache, cached_attention
+from lotaqaf_jax.models.cache import KVCache
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, products, wide_logits
 from lotaqaf_jax.models.rope import apply_rope, rope_angles
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
 
                 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
                     kept = cache.write(layer, slot, k, v)
-                    mixed = causal()(q, k, v)[0] if valid is None else cached_attention(q, *kept.layer(layer), valid)
+                    mixed = causal()(q, k, v)[0] if valid is None else kept.attend(q, valid, layer)
                     return mixed, kept
 
                 return segment(x, rope, attend, layer)

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import lotaqaf_jax.kernels.adjust.gpu as adjust
+import lotaqaf_jax.kernels.cached.gpu as cached
 import lotaqaf_jax.kernels.float8.gpu as float8
 import lotaqaf_jax.kernels.gradient.gpu as gradient
 import lotaqaf_jax.kernels.matmul.gpu as matmul
@@ -60,7 +61,7 @@ def record(
 
 def main() -> None:
     """Go through the widths."""
-    for module in (adjust, float8, gradient, matmul):
+    for module in (adjust, cached, float8, gradient, matmul):
         module.launch = record  # type: ignore[attr-defined]
     rng = np.random.default_rng(0)
     for grid in GRIDS:
@@ -77,6 +78,9 @@ def main() -> None:
                 gradient.adapter_gradients(w, a, b, jnp.zeros(w.shape, dtype), omega=14.0, offset="reference")
             for rows, weights in ((1, [w]), (64, [w]), (1, [w, narrow, narrow])):
                 matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
+    for batch, slots in ((64, 128), (1, 2048)):
+        q, stack = jnp.zeros((batch, 1, 40, 128), jnp.bfloat16), jnp.zeros((1, batch, 8, slots, 128), jnp.bfloat16)
+        cached.attention(q, stack, stack, jnp.ones((batch, slots), bool), 0)
     for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
         float8.transposed(x := jnp.zeros((128, 64), jnp.bfloat16), float8.largest(x), dtype)
     print(json.dumps(compiled))
