@@ -80,7 +80,7 @@ def run(config: TrainConfig) -> None:
         target_modules=config.target_modules,
         seed=config.seed,
         offset_dtype=config.offset_dtype,
-        float8=config.float8,
+        float8=config.takes_float8,
     )
 
     # Train, with a look at the held-out rows before and after.

@@ -12,10 +12,11 @@ import jax
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.launch import interpreted
 
-__all__ = ["ADA", "AMPERE", "Implementation", "choose", "compute_capability", "missing_for_triton"]
+__all__ = ["ADA", "AMPERE", "HOPPER", "Implementation", "choose", "compute_capability", "missing_for_triton"]
 
 AMPERE = (8, 0)
 ADA = (8, 9)
+HOPPER = (9, 0)
 
 Implementation = Literal["xla", "triton"]
 

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import yaml
 
 from lotaqaf_jax.assets import DEFAULT_RUN
 from lotaqaf_jax.data import DataConfig
 from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.kernels.choose import HOPPER, compute_capability
 from lotaqaf_jax.models import KNOWN_MODELS
 from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.pretrained import default_dtype
@@ -72,8 +74,10 @@ class TrainConfig:
         "fits the GPU's memory, block elsewhere",
         "auto",
     )
-    float8: bool = _help(
-        "bfloat16 only: round to 8 bits for the one product behind the adapters' gradients; faster on Hopper", False
+    float8: bool | None = _help(
+        "bfloat16 only: round to 8 bits for the one product behind the adapters' gradients; none: on GPUs from Hopper "
+        "on, where it is faster",
+        None,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _help("type that is computed in; auto: by device", "auto")
     seed: int = _help("decides adapters and order of the data", 0)
@@ -105,6 +109,8 @@ class TrainConfig:
             raise ConfigError(f"--max_steps: found {self.max_steps}, expected 1 or more, or -1 to go by epochs.")
         if self.num_train_epochs <= 0:
             raise ConfigError(f"--num_train_epochs: found {self.num_train_epochs}, expected more than 0.")
+        if self.float8 and self.dtype == "float32":
+            raise ConfigError("--float8: found true with --dtype float32, expected bfloat16; leave one of them out.")
         if not 0 <= self.beta < 1:
             raise ConfigError(f"--beta: found {self.beta}, expected 0 <= beta < 1.")
         if self.model is not None and self.dataset is None:
@@ -144,6 +150,12 @@ class TrainConfig:
         return default_dtype() if self.dtype == "auto" else self.dtype
 
     @property
+    def takes_float8(self) -> bool:
+        """Whether the adapters' gradients come from a product of float8 numbers."""
+        wanted = (compute_capability() or (0, 0)) >= HOPPER if self.float8 is None else self.float8
+        return wanted and jnp.dtype(self.compute_dtype) == jnp.bfloat16
+
+    @property
     def threshold(self) -> float:
         """``omega``, or the published 0.75 * rank."""
         return 0.75 * self.rank if self.omega is None else self.omega
@@ -156,7 +168,9 @@ class TrainConfig:
             f"adapters     rank {self.rank}, omega {self.threshold:g}, offset {self.offset} in {self.offset_dtype}, "
             f"on {' '.join(self.target_modules)}\n"
             f"optimizer    t-SignSGD, schedule {self.sigma_schedule}, beta {self.beta:g}, {steps} steps of "
-            f"{self.train_batch_size} rows, seed {self.seed}"
+            f"{self.train_batch_size} rows, seed {self.seed}\n"
+            f"computed in  {jnp.dtype(self.compute_dtype).name}"
+            f"{', gradients of the weights from float8' if self.takes_float8 else ''}"
         )
 
     def data(self) -> DataConfig:

@@ -92,6 +92,7 @@ def test_spellings_of_a_switch(spelling: list[str]) -> None:
         (["--num_train_epochs", "0"], "num_train_epochs"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
         (["--beta", "1"], "beta"),
+        (["--float8", "true", "--dtype", "float32"], "float8"),
         (["--save_total_limit", "0"], "save_total_limit"),
     ],
 )
@@ -129,3 +130,21 @@ def test_unknown_flag_leaves_with_status_2(capsys: pytest.CaptureFixture[str]) -
         parse_config([*BASE, "--learning_rate", "1e-4"])
     assert left.value.code == 2
     assert "--learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "expected"),
+    [
+        ((9, 0), ["--dtype", "bfloat16"], True),
+        ((9, 0), ["--dtype", "bfloat16", "--float8", "false"], False),
+        ((9, 0), ["--dtype", "float32"], False),
+        ((8, 9), ["--dtype", "bfloat16"], False),
+        ((8, 9), ["--dtype", "bfloat16", "--float8", "true"], True),
+        (None, ["--dtype", "bfloat16"], False),
+    ],
+)
+def test_float8_is_for_hopper_and_16_bits(
+    capability: tuple[int, int] | None, flags: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lotaqaf_jax.training.config.compute_capability", lambda: capability)
+    assert parse_config([*BASE, *flags]).takes_float8 is expected
