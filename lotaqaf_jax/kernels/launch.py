@@ -66,14 +66,21 @@ def launch(
     )
     if "out_type" not in inspect.signature(jax_triton.triton_call).parameters:  # before 0.4
         return call(out_shape=list(out), enable_fp_fusion=fuse, input_output_aliases=aliases)
-    # Here a shared buffer has the input's pointer only, so the output's parameter is given a number nobody reads.
+    # Here a shared buffer has the input's pointer only, so the output's parameter is given a number nobody reads. The
+    # buffers of all outputs are matched with the parameters that are left in order, so those without one come last.
+    aliases = aliases or {}
     names = kernel.arg_names[len(values) : len(values) + len(out)]
-    unused = {names[target]: 0 for target in (aliases or {}).values()}
-    options = {"enable_fp_fusion": fuse}
+    order = sorted(range(len(out)), key=lambda i: i in aliases.values())
     with warnings.catch_warnings():
         # Its replacement, a Ref, is no value that a custom_vjp or a scan could hand on.
         warnings.filterwarnings("ignore", message="input_output_aliases is deprecated", category=DeprecationWarning)
-        return call(out_type=list(out), backend_options=options, input_output_aliases=aliases, **unused)
+        results = call(
+            out_type=[out[i] for i in order],
+            backend_options={"enable_fp_fusion": fuse},
+            input_output_aliases={source: order.index(target) for source, target in aliases.items()},
+            **{names[target]: 0 for target in aliases.values()},
+        )
+    return [results[order.index(i)] for i in range(len(out))]
 
 
 def _capability() -> dict[str, int]:
