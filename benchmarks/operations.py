@@ -28,6 +28,8 @@ from lotaqaf_jax.ternary import adapter_gradients, merge
 __all__ = ["LAYERS", "TOKENS", "Line", "copies", "float8", "of_words", "optimizer", "threshold"]
 
 TOKENS, LAYERS, STEPS = 8192, 48, 300
+CALLS = 8
+"""Of one program, at least."""
 DTYPE = jnp.bfloat16
 
 
@@ -151,5 +153,5 @@ def optimizer(model: str, options: argparse.Namespace) -> Line:
 
 
 def copies(size: float) -> int:
-    """How many inputs of ``size`` bytes the cache does not hold, eight or more."""
-    return max(8, int(4 * CACHE / size) + 1)
+    """How many inputs of ``size`` bytes the cache does not hold."""
+    return max(CALLS, int(4 * CACHE / size) + 1)
