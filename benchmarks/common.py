@@ -1,4 +1,4 @@
-"""What every benchmark needs: the median of runs, the machine's description, and a file of results."""
+"""What every benchmark needs: times, comparisons, the machine's description, and a file of results."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 __all__ = [
+    "CACHE",
     "COPY",
+    "device_seconds",
     "environment",
     "kernel_times",
     "layer_arguments",
     "print_kernels",
     "print_line",
+    "relative_error",
     "seconds_of",
     "shape_of",
     "write_json",
@@ -31,11 +35,19 @@ __all__ = [
 
 COPY = 4.3e12
 """Bytes a second of a device copy on an H200, read and written."""
+CACHE = 60e6
+"""Bytes that an L2 cache does not hold."""
 
 
-def layer_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a layer is quantised and adapted, and where results go: the same flags everywhere."""
-    parser.add_argument("--bits", type=int, default=4)
+def layer_arguments(parser: argparse.ArgumentParser, bits: Sequence[int] | None = None) -> None:
+    """How a layer is quantised and adapted, and where results go: the same flags everywhere.
+
+    Where ``bits`` is given, ``--bits`` takes several, and those are its default.
+    """
+    if bits is None:
+        parser.add_argument("--bits", type=int, default=4)
+    else:
+        parser.add_argument("--bits", type=int, nargs="+", default=list(bits))
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--omega", type=float, default=14.0)
@@ -60,13 +72,33 @@ def seconds_of(run: Callable[[], Any], repeats: int = 9) -> float:
     return statistics.median(times)
 
 
+def device_seconds(run: Callable[[], Any], repeats: int = 3) -> float:
+    """Median seconds that the device is busy while ``run`` runs, after a run that does not count.
+
+    All kernels, copies and fills are added up (:func:`kernel_times`), so ``run`` should do nothing on the device but
+    what is measured, and end when the device has. Gaps between kernels are not in it: they are the host's.
+    """
+    run()
+    seconds, events = [], set()
+    for _ in range(repeats):
+        kernels, _ = kernel_times(run)
+        seconds.append(sum(taken for _, taken in kernels.values()))
+        events.add(sum(calls for calls, _ in kernels.values()))
+    if len(events) > 1:
+        print(f"  equal runs left {sorted(events)} events on the device; the profiler may have missed some", flush=True)
+    return statistics.median(seconds)
+
+
 def kernel_times(run: Callable[[], Any]) -> tuple[dict[str, tuple[int, float]], float]:
     """What the device does while ``run`` runs: {kernel: (calls, seconds)}, and the seconds from first to last.
 
-    By JAX's profiler. Numbers are taken off the names, so that the copies of an operation count as one.
+    By JAX's profiler. Numbers are taken off the names, so that the copies of an operation count as one. Exits where the
+    profile has no events of a GPU.
     """
+    profile = jax.profiler.ProfileOptions()
+    profile.python_tracer_level = 0  # the host's calls are not looked at
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, create_perfetto_trace=False):
+        with jax.profiler.trace(folder, create_perfetto_trace=False, profiler_options=profile):
             run()
         (trace,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -82,6 +114,11 @@ def kernel_times(run: Callable[[], Any]) -> tuple[dict[str, tuple[int, float]], 
         if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams:
             found[re.sub(r"[._]?\d+", "", event["name"])[:60]].append(event["dur"] / 1e6)
             ends += [event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6]
+    if not ends:
+        raise SystemExit(
+            f"No events of a GPU in the profile: JAX runs on {jax.default_backend()!r}, and what is measured is the "
+            "time of an NVIDIA card. Run this on one, with a CUDA build of JAX that may use its profiler (CUPTI)."
+        )
     return {name: (len(times), sum(times)) for name, times in found.items()}, max(ends) - min(ends)
 
 
@@ -93,6 +130,20 @@ def print_kernels(run: Callable[[], Any], most: int = 40) -> dict[str, Any]:
     for name, (calls, taken) in sorted(kernels.items(), key=lambda item: -item[1][1])[:most]:
         print(f"  {1e3 * taken:9.3f} ms {calls:6d} calls {1e6 * taken / calls:9.1f} us  {name}")
     return {"seconds": seconds, "kernels": kernels}
+
+
+def relative_error(found: Any, truth: Any) -> float:
+    """Norm of the difference over the norm of the truth, the largest over the arrays of two trees.
+
+    0 if and only if all values are equal; infinity where one tree holds NaN or infinity.
+    """
+    errors = [0.0]
+    for f, t in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        if not np.array_equal(f, t):
+            f, t = np.asarray(f, np.float32), np.asarray(t, np.float32)
+            error = float(np.linalg.norm(f - t) / np.linalg.norm(t))
+            errors.append(max(error, 1e-30) if np.isfinite(error) else float("inf"))
+    return max(errors)
 
 
 def print_line(line: dict[str, Any]) -> None:

@@ -1,105 +1,97 @@
-"""The training kernels against plain JAX, on one layer of real shapes: microseconds a call.
+"""The training kernels against plain JAX, on one layer of real shapes: microseconds of the device for a call.
 
-    python benchmarks/kernels.py [--shapes 5120x13824 ...] [--bits 4]
+    python benchmarks/kernels.py [--bits 4 2 3 8] [--shapes 5120x13824 ...] [--only gradient ...] [--json kernels.json]
 
-* adjusted: adapters to the adjusted bfloat16 weight; merge: to merged words and offset; dequantize: merged words to
-  bfloat16; gradient: the gradients of the adapters from that of the weight, bfloat16.
-* bytes: what reading the words and writing the bfloat16 weight once takes at the bandwidth of a device copy.
+Columns xla (plain JAX) and triton (our kernels):
 
-Every call is first compared with plain JAX: bit for bit, and the gradient by relative error. One compiled program makes
-many calls, each on a random weight of its own, and returns one element of each; a shorter program takes the time of
-launch and waiting off.
+* adjusted: adapters to the adjusted bfloat16 weight; merge: to merged words and mu; dequantize: merged words and mu to
+  bfloat16;
+* gradient: the gradients of the adapters from that of the weight, bfloat16; float8: the gradient of the weight from
+  8192 rows of x and dy, rounded to float8 by kernels, against the product x.T @ dy in bfloat16.
+
+Columns sort and quantile, both in plain JAX:
+
+* threshold: the exact quantile of every layer of the A of 48 layers, against a sort;
+* optimizer: the t-SignSGD update of all adapters of Qwen2.5-14B, against the same with a sort.
+
+``bytes`` is what reading the inputs and writing the results once takes at the bandwidth of a device copy. What does not
+depend on the width is measured once a shape, the optimizer once.
+
+The two columns are first compared: bit for bit, gradient and float8 by relative error; a line that differs by more is
+marked, and the exit status is 1. One compiled program makes all calls, each on random inputs of its own (XLA computes
+equal calls once), together more than the L2 cache holds, and returns their whole results, so that it does nothing else.
+Its time is that of all that runs on the device, by JAX's profiler: the median of three runs after a first, over the
+number of calls. Launches and gaps between kernels are not in it. Needs an NVIDIA card, and Triton and jax-triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from common import COPY, environment, layer_arguments, seconds_of, shape_of, write_json
-from models import random_weight
+from common import COPY, device_seconds, environment, layer_arguments, relative_error, shape_of, write_json
+from operations import LAYERS, TOKENS, Line, float8, of_words, optimizer, threshold
 
-from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, weight_matrix
-from lotaqaf_jax.kernels.gradient import gpu as gradient_gpu
-from lotaqaf_jax.models import QuantSpec
-from lotaqaf_jax.quant import QuantizedWeight
-from lotaqaf_jax.ternary import adapter_gradients
-
-CALLS = 24
-Call = Callable[[QuantizedWeight, TernaryAdapter, jax.Array], jax.Array]
+OF_WORDS = ("adjusted", "merge", "dequantize")
+EVERY = (*OF_WORDS, "gradient", "float8", "threshold", "optimizer")
 
 
-def calls(implementation: str) -> dict[str, Call]:
-    """What is timed."""
-
-    def gradient(w: QuantizedWeight, t: TernaryAdapter, dweight: jax.Array) -> jax.Array:
-        function: Any = gradient_gpu.adapter_gradients if implementation == "triton" else adapter_gradients
-        da, db = function(w, t.a, t.b, dweight, omega=t.omega, offset=t.offset)
-        return jnp.concatenate([da.T, db], axis=1)
-
-    return {
-        "adjusted": lambda w, t, _: weight_matrix(w, t, jnp.bfloat16, implementation),
-        "merge": lambda w, t, _: merge_adapter(w, t, implementation).qweight,
-        "dequantize": lambda w, t, _: weight_matrix(w, None, jnp.bfloat16, implementation),
-        "gradient": gradient,
-    }
+def measure(line: Line) -> dict[str, Any]:
+    """Compare the columns, and time them: microseconds a call."""
+    truth, found = (line.whole(jax.device_get(jax.jit(call)(*line.inputs[0]))) for call in line.columns.values())
+    error = relative_error(found, truth)
+    times = {column: microseconds(call, line.inputs) for column, call in line.columns.items()}
+    bound = line.bytes / COPY * 1e6
+    return {"call": line.name, **times, "bytes": bound, "error": error, "agrees": error <= line.tolerance}
 
 
-def microseconds(call: Call, inputs: list[tuple[Any, ...]]) -> float:
-    """Of one call. Every call has a weight of its own: XLA computes equal calls once."""
-
-    def many(number: int) -> Any:
-        run = jax.jit(lambda inputs: [call(*one)[0, :1] for one in inputs])
-        return lambda: jax.block_until_ready(run(inputs[:number]))
-
-    return (seconds_of(many(CALLS)) - seconds_of(many(CALLS // 4))) / (CALLS - CALLS // 4) * 1e6
+def microseconds(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
+    """Of the device, for one of the calls that a program makes."""
+    run = jax.jit(lambda inputs: [call(*one) for one in inputs])
+    return device_seconds(lambda: jax.block_until_ready(run(inputs))) / len(inputs) * 1e6
 
 
-def measure(n_in: int, n_out: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Lines of the table for one shape."""
-    inputs = []
-    for i in range(CALLS):
-        keys = jax.random.split(jax.random.key(i), 4)
-        w = random_weight(keys[0], (n_in, n_out), QuantSpec(options.bits, options.group_size))
-        a = jax.random.randint(keys[1], (n_in, options.rank), -1, 2, jnp.int8)
-        b = jax.random.randint(keys[2], (options.rank, n_out), -1, 2, jnp.int8)
-        dweight = jax.random.normal(keys[3], (n_in, n_out), jnp.bfloat16)
-        inputs.append((w, TernaryAdapter(a, b, options.omega, "reference", jnp.dtype(jnp.float32)), dweight))
-    least = (inputs[0][0].qweight.nbytes + 2 * n_in * n_out) / COPY * 1e6
-    lines = []
-    plain, fused = calls("xla"), calls("triton")
-    for name in options.only or plain:
-        truth, found = (np.asarray(jax.jit(c[name])(*inputs[0]), np.float32) for c in (plain, fused))
-        error = float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
-        if error > (5e-3 if name == "gradient" else 0):
-            raise SystemExit(f"{name} {n_in}x{n_out}: relative error {error} against plain JAX")
-        times = {key: microseconds(c[name], inputs) for key, c in (("xla", plain), ("triton", fused))}
-        lines.append({"call": name, "n_in": n_in, "n_out": n_out, **times, "bytes": least, "error": error})
-    return lines
+def lines_of(options: argparse.Namespace) -> Iterator[tuple[str, Line]]:
+    """All that was asked for, with the name of its layer; inputs are made when they are reached."""
+    wanted = options.only
+    for shape in options.shapes:
+        n_in, n_out = shape_of(shape)
+        for number, bits in enumerate(options.bits):
+            names = [name for name in (*OF_WORDS, "gradient") if name in wanted and (name in OF_WORDS or number == 0)]
+            for line in of_words(n_in, n_out, bits, options) if names else ():
+                if line.name in names:
+                    yield f"{shape} {bits} bit g{options.group_size}", line
+        if "float8" in wanted:
+            yield f"{shape} {TOKENS} rows", float8(n_in, n_out)
+        if "threshold" in wanted:
+            yield f"{LAYERS}x{n_in}x{options.rank}", threshold(n_in, options.rank)
+    if "optimizer" in wanted:
+        yield options.model, optimizer(options.model, options)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["5120x13824", "4096x14336", "8192x28672"])
-    layer_arguments(parser)
-    parser.add_argument("--only", nargs="+", help="some of adjusted, merge, dequantize, gradient")
+    layer_arguments(parser, bits=(4, 2, 3, 8))
+    parser.add_argument("--only", nargs="+", default=EVERY, choices=EVERY)
+    parser.add_argument("--model", default="qwen2.5-14b", help="whose adapters the optimizer updates")
     options = parser.parse_args()
     print(environment())
     lines = []
-    for shape in options.shapes:
-        for line in measure(*shape_of(shape), options):
-            lines.append(line)
-            times = ", ".join(f"{key} {line[key]:.1f}" for key in ("xla", "triton", "bytes"))
-            print(f"{shape} {options.bits} bit g{options.group_size} {line['call']:10} {times}", flush=True)
+    for layer, line in lines_of(options):
+        lines.append({"layer": layer} | measure(line))
+        times = ", ".join(f"{column} {lines[-1][column]:.1f}" for column in (*line.columns, "bytes"))
+        mark = "" if lines[-1]["agrees"] else "  DIFFERS"
+        print(f"{layer:28} {line.name:10} {times}, error {lines[-1]['error']:.1e}{mark}", flush=True)
     write_json(options, {"lines": lines})
+    sys.exit(0 if all(line["agrees"] for line in lines) else 1)
 
 
 if __name__ == "__main__":

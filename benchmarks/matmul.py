@@ -16,8 +16,13 @@ Peers take the columns of several weights as one matrix.
 
 Every case is first compared with float64 on 128 columns; ``error`` is ||y - truth|| / ||truth||, and a bfloat16 output
 alone makes 1.7e-3 of it. Weights are random, never zeros, and calls go round more copies of them than the L2 cache
-holds. Our calls are written out in one compiled program, the peers' in one CUDA graph, so no launch from Python is
-timed; the median of several runs counts. Needs a CUDA build of JAX, Triton and jax-triton; the peers need torch.
+holds.
+
+Our calls are written out in one compiled program that does nothing else, each with an x of its own. Their time is that
+of all that runs on the device, by JAX's profiler: the median of three runs after a first, over the number of calls. The
+host's launches, which take longer than a small product, and the gaps that they leave are not in it. The peers' calls
+are one CUDA graph, timed by events around it: what there is between its kernels, about a microsecond a call, is in
+theirs. Needs a CUDA build of JAX, Triton and jax-triton; the peers need torch.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import COPY, environment, seconds_of, write_json
+from common import CACHE, COPY, device_seconds, environment, write_json
 
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
@@ -55,8 +60,8 @@ SHAPES = {
     "Llama-3.1-8B": ("4096x14336", "14336x4096", "4096x4096", "4096x1024"),
     "Llama-3.1-70B": ("8192x28672", "28672x8192"),
 }
-CACHE = 60e6  # bytes of L2; the copies of a weight together take four times as much
-CALLS = 200
+CALLS = 40
+"""Of one program, at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Layer:
         return 4 * packed_size(self.n_in, self.bits) * self.n_out + 3 * self.groups * self.n_out
 
     def copies(self, size: float) -> int:
-        """How many copies of ``size`` bytes the cache does not hold."""
+        """How many copies of ``size`` bytes the cache does not hold: four times as much."""
         return max(4, int(4 * CACHE / size) + 1)
 
 
@@ -139,17 +144,17 @@ def relative_error(y: jax.Array, x: jax.Array, w: QuantizedWeight, index: int) -
 Product = Callable[[jax.Array, Sequence[QuantizedWeight], jax.Array], Sequence[jax.Array]]
 
 
-def ours(product: Product, layer: Layer, dtype: Any = jnp.bfloat16, offset: bool = False, calls: int = CALLS) -> Any:
-    """(microseconds a call, relative error) of ``product(x, stacks, layer index)``."""
-    w, x = random_stacks(layer, offset), random_x(layer, dtype, calls)
+def ours(product: Product, layer: Layer, dtype: Any = jnp.bfloat16, offset: bool = False) -> Any:
+    """(microseconds of the device for a call, relative error) of ``product(x, stacks, layer index)``."""
+    w = random_stacks(layer, offset)
     count = w[0].qweight.shape[0]
+    calls = max(CALLS, count)
     # Every call has an x of its own: XLA computes equal calls once.
-    many = jax.jit(lambda x, w: [product(x[i], w, jnp.full((1,), i % count, jnp.int32)) for i in range(calls)])
-    # A second, shorter program takes the time of a launch and of waiting off.
-    few = jax.jit(lambda x, w: [product(x[i], w, jnp.full((1,), i % count, jnp.int32)) for i in range(calls // 4)])
-    error = max(relative_error(y, x[1], one, 1) for y, one in zip(few(x, w)[1], w, strict=True))
-    long, short = (seconds_of(lambda f=f: jax.block_until_ready(f(x, w))) for f in (many, few))
-    return (long - short) / (calls - calls // 4) * 1e6, error
+    x = random_x(layer, dtype, calls)
+    index = [jnp.full((1,), i % count, jnp.int32) for i in range(calls)]
+    many = jax.jit(lambda x, w, index: [product(one, w, at) for one, at in zip(x, index, strict=True)])
+    error = max(relative_error(y, x[1], one, 1) for y, one in zip(many(x, w, index)[1], w, strict=True))
+    return device_seconds(lambda: jax.block_until_ready(many(x, w, index))) / calls * 1e6, error
 
 
 def packed(x: jax.Array, weights: Sequence[QuantizedWeight], index: jax.Array) -> Sequence[jax.Array]:
@@ -226,7 +231,7 @@ def measure(layer: Layer, more: bool, peers: bool) -> dict[str, Any]:
     if more:
         line["merged"], line["merged_error"] = ours(packed, layer, offset=True)
         line["float32"], line["float32_error"] = ours(packed, layer, dtype=jnp.float32)
-        line["dequant"], line["dequant_error"] = ours(through_w, layer, calls=40)
+        line["dequant"], line["dequant_error"] = ours(through_w, layer)
     if peers:
         line["tinygemm"], line["cublas"] = tinygemm(layer), cublas(layer)
     return line

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lotaqaf_jax.kernels import TernaryAdapter
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, dense_spec
 from lotaqaf_jax.models.layers import Linear
 from lotaqaf_jax.quant import QuantizedWeight
@@ -64,6 +65,18 @@ def random_weight(
         shape,
     )
     return _random_words(key, like)
+
+
+def random_layer(
+    seed: int, shape: tuple[int, int], quant: QuantSpec, rank: int, omega: float
+) -> tuple[QuantizedWeight, TernaryAdapter, jax.Array]:
+    """A random packed weight (in, out), adapters on it, and a bfloat16 gradient of the adjusted weight."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    n_in, n_out = shape
+    a = jax.random.randint(keys[1], (n_in, rank), -1, 2, jnp.int8)
+    b = jax.random.randint(keys[2], (rank, n_out), -1, 2, jnp.int8)
+    adapter = TernaryAdapter(a, b, omega, "reference", jnp.dtype(jnp.float32))
+    return random_weight(keys[0], shape, quant), adapter, jax.random.normal(keys[3], shape, jnp.bfloat16)
 
 
 def _random_words(key: jax.Array, w: QuantizedWeight) -> QuantizedWeight:

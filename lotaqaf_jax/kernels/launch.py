@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ import jax
 import numpy as np
 
 __all__ = ["interpreted", "launch"]
+
+
+# The interpreter replaces Triton's functions while it runs, and XLA calls back from several threads at once.
+_INTERPRETER = threading.Lock()
 
 
 def interpreted() -> bool:
@@ -111,7 +116,8 @@ def _interpret(
         outputs = [tensor(np.full(s.shape, 77).astype(s.dtype)) for s in out]
         for source, target in aliases.items():
             outputs[target] = arguments[source]
-        kernel[grid](*arguments, *outputs, **constants)
+        with _INTERPRETER:
+            kernel[grid](*arguments, *outputs, **constants)
         # By their bits, since numpy lacks some of the types.
         return [
             o.view(getattr(torch, _bits(s.dtype).name)).numpy().view(s.dtype) for o, s in zip(outputs, out, strict=True)

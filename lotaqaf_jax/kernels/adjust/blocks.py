@@ -1,11 +1,20 @@
-"""Tile sizes of the kernels in this folder, apart from the kernels."""
+"""Tile sizes of the kernels in this folder, apart from the kernels; benchmarks/tune.py measures others."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-__all__ = ["AdjustBlocks", "any_packed_blocks", "can_pack", "merge_blocks", "packed_blocks", "period_of", "step_blocks"]
+__all__ = [
+    "AdjustBlocks",
+    "any_packed_blocks",
+    "can_pack",
+    "dequantize_blocks",
+    "merge_blocks",
+    "packed_blocks",
+    "period_of",
+    "step_blocks",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +41,11 @@ _PLAIN = {
 }
 MOST_PERIODS = 64
 
-PACKED_ROWS = 128
-"""Rows of a packed tile, if a group has no more and 16 periods, which its products sum over, fit."""
+# Of at least 16 periods, which products sum over; more where a group has more.
+_PACKED = {2: AdjustBlocks(16, 64, 4), 4: AdjustBlocks(16, 64, 4), 8: AdjustBlocks(32, 64, 4)}
 MOST_PACKED_ROWS = 256
-PACKED_COLUMNS = 64
+
+_DEQUANTIZE = {bits: AdjustBlocks(16, 128, 4) for bits in (2, 3, 4, 8)}
 
 
 def can_pack(bits: int, rank: int) -> bool:
@@ -54,7 +64,12 @@ def packed_blocks(bits: int, group_size: int) -> AdjustBlocks | None:
 
 def any_packed_blocks(bits: int) -> AdjustBlocks:
     """The tile of the packed kernel where no sum over a group is wanted."""
-    return AdjustBlocks(max(16, PACKED_ROWS // period_of(bits)[0]), PACKED_COLUMNS, 4)
+    return _PACKED[bits]
+
+
+def dequantize_blocks(bits: int) -> AdjustBlocks:
+    """The tile of dequantise."""
+    return _DEQUANTIZE[bits]
 
 
 def merge_blocks(bits: int, group_size: int) -> AdjustBlocks | None:

@@ -19,6 +19,7 @@ from lotaqaf_jax.kernels.adjust.blocks import (
     AdjustBlocks,
     any_packed_blocks,
     can_pack,
+    dequantize_blocks,
     merge_blocks,
     packed_blocks,
     period_of,
@@ -32,18 +33,26 @@ __all__ = ["adjusted", "dequantized", "merged"]
 
 
 def adjusted(
-    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any, dtype: Any
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: float,
+    offset: Offset,
+    offset_dtype: Any,
+    dtype: Any,
+    *,
+    blocks: AdjustBlocks | None = None,
 ) -> jax.Array:
-    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out)."""
-    blocks = None
+    """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out); ``blocks`` as in :func:`merged`."""
+    packed = None
     if _packs(w, a) and w.g_idx is None:
         values, _ = period_of(w.bits)
-        blocks = packed_blocks(w.bits, w.group_size)
-        if blocks is None and offset == "none" and _rows_of_group(w) % (2 * values) == 0:
-            blocks = any_packed_blocks(w.bits)
-    if blocks is None:
-        return dequantized(merged(w, a, b, omega, offset, offset_dtype)[0], dtype)
-    return _packed(w, a, b, omega, offset, offset_dtype, blocks, weight=dtype)[3]
+        packed = packed_blocks(w.bits, w.group_size)
+        if packed is None and offset == "none" and _rows_of_group(w) % (2 * values) == 0:
+            packed = any_packed_blocks(w.bits)
+    if packed is None:
+        return dequantized(merged(w, a, b, omega, offset, offset_dtype, blocks=blocks)[0], dtype)
+    return _packed(w, a, b, omega, offset, offset_dtype, blocks or packed, weight=dtype)[3]
 
 
 def merged(
@@ -56,6 +65,7 @@ def merged(
     *,
     in_place: bool = False,
     count: bool = False,
+    blocks: AdjustBlocks | None = None,
 ) -> tuple[QuantizedWeight, jax.Array]:
     """:func:`lotaqaf_jax.ternary.merge`, and the number of integers that moved in every tile.
 
@@ -68,18 +78,19 @@ def merged(
         offset_dtype: storage type of mu.
         in_place: put the new words where the old ones are, if nothing else needs them; else XLA copies them first.
         count: whether to count; without, the second result means nothing.
+        blocks: the tile, for measuring; None is the table's. It holds whole groups wherever the table's does.
     """
     find = packed_blocks if _packs(w, a) else merge_blocks
-    blocks = None if w.g_idx is not None else find(w.bits, w.group_size)
+    whole = None if w.g_idx is not None else find(w.bits, w.group_size)
     # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
-    here = blocks is not None and offset != "none"
+    here = whole is not None and offset != "none"
     in_place = in_place and (here or offset == "none")
     within: Offset = offset if here else "none"
     if _packs(w, a):
-        blocks = blocks or any_packed_blocks(w.bits)
+        blocks = blocks or whole or any_packed_blocks(w.bits)
         words, mu, moved, _ = _packed(w, a, b, omega, within, offset_dtype, blocks, in_place=in_place, count=count)
     else:
-        blocks = blocks or step_blocks(w.bits)
+        blocks = blocks or whole or step_blocks(w.bits)
         words, mu, moved = _plain(w, a, b, omega, within, offset_dtype, blocks, in_place=in_place, count=count)
     merged_offset: jax.Array | None = None
     if here:
@@ -232,11 +243,11 @@ def _sizes(w: QuantizedWeight) -> dict[str, Any]:
     return {"K": w.shape[0], "N": w.shape[1], "words": w.qweight.shape[0], "groups": w.groups}
 
 
-def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
-    """W rounded to ``dtype``, (in, out)."""
+def dequantized(w: QuantizedWeight, dtype: Any, *, blocks: AdjustBlocks | None = None) -> jax.Array:
+    """W rounded to ``dtype``, (in, out); ``blocks`` is the tile, for measuring, and None the table's."""
+    blocks = blocks or dequantize_blocks(w.bits)
     values, words = period_of(w.bits)
     n_in, n_out = w.shape
-    periods, columns = 16, 128
     nothing = jnp.zeros((1, 1), jnp.float32)
     (weight,) = launch(
         _kernels().dequantize_kernel,
@@ -246,17 +257,17 @@ def dequantized(w: QuantizedWeight, dtype: Any) -> jax.Array:
         nothing if w.offset is None else w.offset,
         jnp.zeros((1,), jnp.int32) if w.g_idx is None else w.g_idx,
         out=[jax.ShapeDtypeStruct(w.shape, dtype)],
-        grid=(-(-n_out // columns), -(-n_in // (periods * values))),
-        num_warps=4,
-        num_stages=1,
+        grid=(-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values))),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
         **_sizes(w),
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
         GROUP=_rows_of_group(w),
         OFFSET=w.offset is not None,
-        BLOCK_P=periods,
-        BLOCK_N=columns,
+        BLOCK_P=blocks.periods,
+        BLOCK_N=blocks.columns,
     )
     return weight
 

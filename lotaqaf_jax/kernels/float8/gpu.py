@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lotaqaf_jax.kernels.float8.blocks import TRANSPOSE, TransposeBlocks
 from lotaqaf_jax.kernels.launch import launch
 
 __all__ = ["largest", "transposed"]
-
-_ROWS, _COLUMNS, _WARPS = 64, 64, 4
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -34,8 +33,8 @@ def largest(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(parts.max(), jnp.float32)
 
 
-def transposed(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """(x * scale).T in ``dtype``: (rows, columns) -> (columns, rows)."""
+def transposed(x: jax.Array, scale: jax.Array, dtype: Any, *, blocks: TransposeBlocks = TRANSPOSE) -> jax.Array:
+    """(x * scale).T in ``dtype``: (rows, columns) -> (columns, rows); ``blocks`` is the tile."""
     from lotaqaf_jax.kernels.float8.triton import transpose_kernel
 
     rows, columns = x.shape
@@ -44,12 +43,12 @@ def transposed(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
         x,
         scale.reshape(1),
         out=[jax.ShapeDtypeStruct((columns, rows), dtype)],
-        grid=(-(-columns // _COLUMNS), -(-rows // _ROWS)),
-        num_warps=_WARPS,
+        grid=(-(-columns // blocks.columns), -(-rows // blocks.rows)),
+        num_warps=blocks.warps,
         num_stages=1,
         rows=rows,
         columns=columns,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
     )
     return out

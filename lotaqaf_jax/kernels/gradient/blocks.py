@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["GradientBlocks", "gradient_blocks"]
+__all__ = ["GradientBlocks", "gradient_blocks", "left_split", "right_split"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,17 @@ _LEFT_PROGRAMS, _RIGHT_PROGRAMS = 400, 800
 def gradient_blocks(n_in: int, n_out: int, size: int) -> tuple[GradientBlocks, GradientBlocks]:
     """For P and for Q, of a weight (in, out) whose gradient has ``size`` bytes a value."""
     left, right = _LEFT[size], _RIGHT[size]
-    split = _split(n_in, left.rows, n_out, left.columns, _LEFT_PROGRAMS)
-    left = dataclasses.replace(left, split=split)
-    split = _split(n_out, right.columns, n_in, right.rows, _RIGHT_PROGRAMS)
-    return left, dataclasses.replace(right, split=split)
+    return left_split(left, n_in, n_out), right_split(right, n_in, n_out)
+
+
+def left_split(blocks: GradientBlocks, n_in: int, n_out: int) -> GradientBlocks:
+    """The same tiles in as many programs as fill the card, for P."""
+    return dataclasses.replace(blocks, split=_split(n_in, blocks.rows, n_out, blocks.columns, _LEFT_PROGRAMS))
+
+
+def right_split(blocks: GradientBlocks, n_in: int, n_out: int) -> GradientBlocks:
+    """The same for Q."""
+    return dataclasses.replace(blocks, split=_split(n_out, blocks.columns, n_in, blocks.rows, _RIGHT_PROGRAMS))
 
 
 def _split(kept: int, kept_block: int, summed: int, summed_block: int, programs: int) -> int:

@@ -1,0 +1,252 @@
+"""What tune.py tries: for every kernel the entry in use, a short list of others, and calls on random inputs.
+
+Lists hold what compiles for Hopper and fills a program's registers without spilling much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matmul import Layer, random_stacks, random_x
+from models import random_layer
+from operations import copies
+
+from lotaqaf_jax.kernels.adjust.blocks import (
+    AdjustBlocks,
+    can_pack,
+    dequantize_blocks,
+    merge_blocks,
+    packed_blocks,
+    period_of,
+)
+from lotaqaf_jax.kernels.adjust.gpu import adjusted, dequantized, merged
+from lotaqaf_jax.kernels.float8.blocks import TRANSPOSE, TransposeBlocks
+from lotaqaf_jax.kernels.float8.gpu import transposed
+from lotaqaf_jax.kernels.gradient.blocks import GradientBlocks, gradient_blocks, left_split, right_split
+from lotaqaf_jax.kernels.gradient.gpu import left_product, right_product
+from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, matmul_blocks
+from lotaqaf_jax.kernels.matmul.blocks import period_of as matmul_period_of
+from lotaqaf_jax.kernels.matmul.gpu import fused
+from lotaqaf_jax.models import QuantSpec
+
+__all__ = ["CASES", "Case"]
+
+DTYPE = jnp.bfloat16
+MATMUL_CALLS = 32
+"""Of one program, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel on one layer: ``call(blocks)`` is a function of one of ``inputs``; results differ by ``tolerance``."""
+
+    layer: str
+    table: str
+    current: Any
+    candidates: Sequence[Any]
+    inputs: Sequence[tuple[Any, ...]]
+    call: Callable[[Any], Callable[..., Any]]
+    tolerance: float = 0.0
+
+
+def adjust_inputs(n_in: int, n_out: int, bits: int, options: argparse.Namespace) -> list[Any]:
+    """(weight, adapter) of every call."""
+    quant = QuantSpec(bits, options.group_size)
+    count = copies(n_in * n_out * bits / 8)
+    return [random_layer(i, (n_in, n_out), quant, options.rank, options.omega)[:2] for i in range(count)]
+
+
+def step_tiles(bits: int, options: argparse.Namespace) -> tuple[AdjustBlocks | None, list[AdjustBlocks]]:
+    """The tile of the kernel that takes the steps, and others: packed where that kernel runs, plain elsewhere."""
+    values, _ = period_of(bits)
+    packs = can_pack(bits, options.rank)
+    current = (packed_blocks if packs else merge_blocks)(bits, options.group_size)
+    if current is None:
+        return None, []
+    # Products sum over 16 periods at least, and a tile holds whole groups.
+    least = max(16, options.group_size // values)
+    periods = [p for p in (16, 32, 64) if p >= least] or [least]
+    tiles = [AdjustBlocks(*sizes) for sizes in itertools.product(periods, (32, 64, 128), (2, 4, 8))]
+    # What a thread holds at once: all values of D, or one of every period.
+    values, most = (values, 128) if packs else (1, 16)
+    held = {tile: tile.periods * values * tile.columns / (32 * tile.num_warps) for tile in tiles}
+    return current, [tile for tile in tiles if most / 4 <= held[tile] <= most]
+
+
+def packed(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """The adjusted weight in one pass; at 3 bit the merge before dequantise."""
+    for bits in options.bits:
+        current, tiles = step_tiles(bits, options)
+        if current is None:
+            continue
+
+        def call(blocks: AdjustBlocks) -> Any:
+            return lambda w, t: adjusted(w, t.a, t.b, t.omega, t.offset, t.offset_dtype, DTYPE, blocks=blocks)
+
+        layer = f"{n_in}x{n_out} {bits} bit g{options.group_size}"
+        table = "adjust/blocks.py, " + ("_PACKED" if can_pack(bits, options.rank) else "_PLAIN")
+        yield Case(layer, table, current, tiles, adjust_inputs(n_in, n_out, bits, options), call)
+
+
+def merge(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """The same kernel, to words and mu."""
+    for case in packed(n_in, n_out, options):
+
+        def call(blocks: AdjustBlocks) -> Any:
+            def run(w: Any, t: Any) -> Any:
+                found, _ = merged(w, t.a, t.b, t.omega, t.offset, t.offset_dtype, blocks=blocks)
+                return found.qweight, found.offset
+
+            return run
+
+        yield dataclasses.replace(case, call=call)
+
+
+def dequantize(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """Merged words and mu to the weight."""
+    for bits in options.bits:
+        values, _ = period_of(bits)
+        inputs = [
+            (dataclasses.replace(w, offset=0.5 * w.zeros.astype(jnp.float32)),)
+            for w, _ in adjust_inputs(n_in, n_out, bits, options)
+        ]
+        sizes = itertools.product((4, 8, 16, 32), (64, 128, 256), (4, 8))
+        tiles = [AdjustBlocks(p, n, w) for p, n, w in sizes if 4 <= p * n / (32 * w) <= 32 and p * values <= 512]
+
+        def call(blocks: AdjustBlocks) -> Any:
+            return functools.partial(dequantized, dtype=DTYPE, blocks=blocks)
+
+        layer = f"{n_in}x{n_out} {bits} bit g{options.group_size}"
+        yield Case(layer, "adjust/blocks.py, _DEQUANTIZE", dequantize_blocks(bits), tiles, inputs, call)
+
+
+# Rows, columns, warps, stages.
+GRADIENT_TILES = (
+    *((64, 64, 4, stages) for stages in (2, 3, 4)),
+    *((64, 64, 8, stages) for stages in (3, 4)),
+    *((64, 128, 4, stages) for stages in (2, 3)),
+    (64, 128, 8, 3),
+    (32, 128, 4, 3),
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+    (128, 128, 8, 3),
+)
+
+
+def gradient_tiles(split: Any, current: GradientBlocks, n_in: int, n_out: int) -> list[GradientBlocks]:
+    """Tiles with the programs of the rule, and the one in use with half and twice as many."""
+    tiles = [split(GradientBlocks(*sizes), n_in, n_out) for sizes in GRADIENT_TILES]
+    return [*tiles, *(dataclasses.replace(current, split=n) for n in {max(1, current.split // 2), 2 * current.split})]
+
+
+def gradient_inputs(n_in: int, n_out: int, options: argparse.Namespace) -> list[Any]:
+    """(weight, adapter, dweight) of every call; the width does not matter."""
+    quant = QuantSpec(options.bits[0], options.group_size)
+    count = copies(2 * n_in * n_out)
+    layers = [random_layer(i, (n_in, n_out), quant, options.rank, options.omega) for i in range(count)]
+    return [(w, t, dweight.astype(DTYPE)) for w, t, dweight in layers]
+
+
+def left(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """P = (s * dW') @ B.T."""
+    current, _ = gradient_blocks(n_in, n_out, jnp.dtype(DTYPE).itemsize)
+    group = n_in if options.group_size == -1 else options.group_size
+    tiles = gradient_tiles(left_split, current, n_in, n_out)
+    # A tile lies in one group or holds whole groups.
+    tiles = [tile for tile in tiles if group % tile.rows == 0 or tile.rows % group == 0 or group == n_in]
+
+    def call(blocks: GradientBlocks) -> Any:
+        return lambda w, t, dweight: left_product(w, t.b, dweight, blocks)
+
+    layer, inputs = f"{n_in}x{n_out} g{options.group_size}", gradient_inputs(n_in, n_out, options)
+    yield Case(layer, "gradient/blocks.py, _LEFT", current, tiles, inputs, call, 1e-4)
+
+
+def right(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """Q = (A + m).T @ (s * dW')."""
+    _, current = gradient_blocks(n_in, n_out, jnp.dtype(DTYPE).itemsize)
+    group = n_in if options.group_size == -1 else options.group_size
+    # A tile lies in one group: more rows would be taken back to it, and be another tile.
+    tiles = [tile for tile in gradient_tiles(right_split, current, n_in, n_out) if tile.rows <= group]
+
+    inputs = [
+        (w, t.a, w.group_sum(t.a.astype(jnp.float32)) / w.group_rows(), dweight)
+        for w, t, dweight in gradient_inputs(n_in, n_out, options)
+    ]
+
+    def call(blocks: GradientBlocks) -> Any:
+        return functools.partial(right_product, blocks=blocks)
+
+    layer = f"{n_in}x{n_out} g{options.group_size}"
+    yield Case(layer, "gradient/blocks.py, _RIGHT", current, tiles, inputs, call, 1e-4)
+
+
+def transpose(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """dy (tokens, out) to float8, transposed."""
+    del n_in
+    keys = jax.random.split(jax.random.key(0), copies(2 * options.tokens * n_out))
+    inputs = [(jax.random.normal(key, (options.tokens, n_out), DTYPE), jnp.float32(2.0**7)) for key in keys]
+    sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
+    tiles = [TransposeBlocks(*size) for size in sizes if 16 <= size[0] * size[1] / (32 * size[2]) <= 64]
+
+    def call(blocks: TransposeBlocks) -> Any:
+        return lambda x, scale: transposed(x, scale, jnp.float8_e5m2, blocks=blocks)
+
+    yield Case(f"{options.tokens}x{n_out}", "float8/blocks.py, TRANSPOSE", TRANSPOSE, tiles, inputs, call)
+
+
+def matmul(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
+    """y = x @ W from a stack of packed words."""
+    for bits, rows in itertools.product(options.bits, options.rows):
+        group = n_in if options.group_size == -1 else options.group_size
+        current = matmul_blocks(rows, n_in, (n_out,), bits, group)
+        if current is None:
+            continue
+        layer = Layer(n_in, (n_out,), bits, options.group_size, rows)
+        stack = random_stacks(layer, offset=False)
+        count = stack[0].qweight.shape[0]
+        calls = max(MATMUL_CALLS, count)
+        xs = random_x(layer, DTYPE, calls)
+        inputs = [(xs[i], stack, jnp.full((1,), i % count, jnp.int32)) for i in range(calls)]
+
+        def call(blocks: MatmulBlocks) -> Any:
+            return lambda x, w, index: fused(x, w, [None], index, blocks)[0]
+
+        tiles = matmul_tiles(current, 4 * matmul_period_of(bits)[0], n_in, group)
+        name = f"{n_in}x{n_out} {bits} bit g{options.group_size}, {rows} rows"
+        yield Case(name, "matmul/blocks.py, _TABLE", current, tiles, inputs, call, 5e-3)
+
+
+def matmul_tiles(current: MatmulBlocks, depth: int, n_in: int, group: int) -> list[MatmulBlocks]:
+    """How much is in flight: steps of a round, rounds loaded ahead, warps; then columns, parts of k, and order."""
+    whole = group >= n_in
+    steps = [n for n in (1, 2, 4) if n == 1 or whole or group % (n * depth) == 0]
+    flights = ((1, 0, 1), (1, 1, 2), (2, 0, 3), (2, 1, 3))
+    tiles = [
+        dataclasses.replace(current, steps=n, ahead=ahead, x_ahead=x_ahead, unroll=unroll)
+        for n, (ahead, x_ahead, unroll) in itertools.product(steps, flights)
+        if current.rows * n < 128 or ahead + x_ahead == 1  # more of 64 rows spills
+    ]
+    warps = [n for n in (current.warps // 2, 2 * current.warps) if 1 <= n <= 16]
+    tiles += [dataclasses.replace(current, warps=n) for n in warps]
+    tiles += [dataclasses.replace(current, rotate=not current.rotate), dataclasses.replace(current, split=2)]
+    return [*tiles, dataclasses.replace(current, **({"rows": 32} if current.rows == 64 else {"tiles": 2}))]
+
+
+CASES: dict[str, Callable[[int, int, argparse.Namespace], Iterator[Case]]] = {
+    "packed": packed,
+    "merge": merge,
+    "dequantize": dequantize,
+    "left": left,
+    "right": right,
+    "transpose": transpose,
+    "matmul": matmul,
+}
