@@ -164,11 +164,15 @@ def environment() -> dict[str, str]:
     return {"card": device.device_kind, "capability": str(getattr(device, "compute_capability", "")), **versions}
 
 
-def write_json(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Write results to ``options.json``, if given, with all settings and the environment; beside, then renamed."""
+def write_json(options: argparse.Namespace, results: dict[str, Any], described: dict[str, str] | None = None) -> None:
+    """Write results to ``options.json``, if given, with all settings and the environment; beside, then renamed.
+
+    ``described`` is the environment of a peer that does not run on JAX.
+    """
     if options.json is None:
         return
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     beside = options.json.with_suffix(".part")
-    beside.write_text(json.dumps({"environment": environment(), "settings": settings, **results}, indent=1))
+    everything = {"environment": described or environment(), "settings": settings, **results}
+    beside.write_text(json.dumps(everything, indent=1, default=str))
     beside.replace(options.json)

@@ -1,20 +1,28 @@
 """Tokens per second and memory of one training step, on random packed weights of a real model's shapes.
 
     python benchmarks/train_step.py [--model qwen2.5-14b] [--rows 8] [--length 1024] [--recompute block products none]
-        [--float8 0 1]
+        [--float8 0 1] [--peer]
 
 A line for each way of recomputing activations, with and without float8 for the gradient of the weights: seconds to
 compile, median seconds of a step after the first, tokens per second, and the peak of memory in use on the device. The
 step is the one that train.py runs: forward and backward pass over all layers, chunked loss,
 t-SignSGD. No token is padding, all are targets.
+
+With --peer, peft_step.py runs first, as a process of its own that has the card to itself, and its lines come before
+ours and again after them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the peak is what was needed
@@ -70,6 +78,19 @@ def measure(options: argparse.Namespace, recompute: Any, float8: bool) -> dict[s
     return line
 
 
+def peer(options: argparse.Namespace) -> dict[str, Any]:
+    """What peft_step.py writes for the same shapes. JAX has not touched the card yet, and would keep what it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "peer.json"
+        command = [sys.executable, str(Path(__file__).with_name("peft_step.py")), "--json", str(written)]
+        for name in ("model", "rows", "length", "rank", "steps"):
+            command += [f"--{name}", str(getattr(options, name))]
+        done = subprocess.run(command, check=False)
+        if done.returncode:  # it has said why; ours are measured all the same
+            return {"failed": done.returncode, "lines": []}
+        return json.loads(written.read_text())
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -82,14 +103,18 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="+", default=["block", "products"])
     parser.add_argument("--float8", nargs="+", type=int, default=[0, 1], help="without (0) and with (1) float8 for dW")
     parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
+    parser.add_argument("--peer", action="store_true", help="also LoRA on the 16-bit model with PEFT, before all else")
     options = parser.parse_args()
+    results: dict[str, Any] = {"peer": peer(options)} if options.peer else {}
     print(environment())
     lines = []
     for recompute in options.recompute:
         for float8 in options.float8:
             lines.append(measure(options, recompute, bool(float8)))
             print_line(lines[-1])
-    write_json(options, {"lines": lines})
+    for line in results["peer"]["lines"] if options.peer else []:
+        print_line(line)  # again, below the others
+    write_json(options, {"lines": lines, **results})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Checkpoint folder -> :class:`~lotaqaf_jax.models.decoder.Decoder`, one tensor at a time.
+"""Checkpoint folder -> :class:`~lotaqaf_jax.models.decoder.Decoder`, a bounded number of bytes at a time.
 
 Shapes are settled from the file headers before anything is read, and every problem found there is reported at once.
-Then each tensor goes from the memory-mapped file into its place in the layer stack on the device, so that the host
-never holds more than one of them.
+Then the tensors go from the memory-mapped files into their places in the layer stacks on the device: large ones one at
+a time, small ones of several layers together, so that the host never holds more than one large tensor or a fiftieth of
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -159,20 +160,69 @@ def _check_unused(problems: _Problems, config: DecoderConfig) -> None:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(stack: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)
+def _place(stack: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, rows, index, 0)
 
 
 _decode_zeros = jax.jit(decode_zeros, static_argnums=(1, 2, 3))
 
 
-def _stack(names: list[str], shape: tuple[int, ...], dtype: Any, read: Callable[[str], Any]) -> jax.Array:
-    """Read one tensor after the other into a stack (len(names), *shape), in place."""
-    stack = jnp.zeros((len(names), *shape), dtype)
-    for i, name in enumerate(names):
-        # Waited for, because on a busy machine the host runs ahead of the copies and holds many rows at once.
-        stack = _place(stack, jnp.asarray(read(name), dtype), i).block_until_ready()
-    return stack
+_Check = Callable[[np.ndarray, str], Any] | None
+_Decode = Callable[[np.ndarray], jax.Array] | None
+
+
+class _Reader:
+    """Reads tensors and stacks of them, and counts the bytes."""
+
+    def __init__(self, folder: CheckpointFolder, count: Callable[[int], Any]) -> None:
+        self.folder = folder
+        self.count = count
+        # Small against the model and, for a very large one, against a host.
+        self.most = min(folder.nbytes // 50, 2**27)
+
+    def array(self, name: str) -> np.ndarray:
+        array = self.folder.read(name)
+        self.count(array.nbytes)
+        return array
+
+    def stack(
+        self, names: list[str], shape: tuple[int, ...], dtype: Any, check: _Check = None, decode: _Decode = None
+    ) -> jax.Array:
+        """The tensors ``names`` as one (len(names), *shape).
+
+        A stack of at most ``most`` bytes is put together on the host: that is one copy to the device, and no program
+        is compiled for its shape. A longer one is filled on the device, in equal parts of at most ``most`` bytes or of
+        one tensor.
+        """
+        size = jnp.dtype(dtype).itemsize * int(np.prod(shape))
+        count = len(names)
+        rows = max(n for n in range(1, count + 1) if n == 1 or (n * size <= self.most and count % n == 0))
+        if rows == count:
+            whole = self._rows(names, dtype, check, decode, copied=True)
+            return jax.block_until_ready(whole if decode else jax.device_put(whole))
+        stack = jnp.zeros((count, *shape), dtype)
+        for i in range(0, count, rows):
+            part = self._rows(names[i : i + rows], dtype, check, decode, copied=False)
+            # Waited for, because on a busy machine the host runs ahead of the copies and holds many rows at once.
+            stack = _place(stack, part, i).block_until_ready()
+        return stack
+
+    def _rows(self, names: list[str], dtype: Any, check: _Check, decode: _Decode, *, copied: bool) -> Any:
+        """Tensors put together on the host, or decoded on the device. One that need not be copied stays in its file."""
+        found = None
+        for i, name in enumerate(names):
+            array = self.array(name)
+            if check is not None:
+                check(array, name)
+            kind = array.dtype if decode else dtype
+            if len(names) == 1 and not copied and array.dtype == kind:
+                found = array[None]
+                break
+            if found is None:
+                # No view of the file: a CPU array may share its memory, and another process can overwrite the file.
+                found = np.empty((len(names), *array.shape), kind)
+            found[i] = array
+        return found if decode is None or found is None else decode(found)
 
 
 def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress: bool = True) -> Decoder:
@@ -194,41 +244,34 @@ def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress
     spec = read_spec(folder, config)
     decoder = nnx.eval_shape(lambda: Decoder(config, spec, dtype))
     with tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress) as bar:
-
-        def read(name: str) -> np.ndarray:
-            array = folder.read(name)
-            bar.update(array.nbytes)
-            return array
-
+        reader = _Reader(folder, bar.update)
         # Copied, since a CPU array may otherwise be a view of the file, which another process can overwrite.
-        decoder.embed_tokens.weight.set_value(jnp.array(read("model.embed_tokens.weight")))
-        decoder.norm.weight.set_value(jnp.array(read("model.norm.weight"), spec.norm_dtype))
+        decoder.embed_tokens.weight.set_value(jnp.array(reader.array("model.embed_tokens.weight")))
+        decoder.norm.weight.set_value(jnp.array(reader.array("model.norm.weight"), spec.norm_dtype))
         for segment, (start, count) in zip(decoder.segments, spec.runs(), strict=True):
             prefixes = [f"model.layers.{i}" for i in range(start, start + count)]
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 names = [f"{prefix}.{norm}.weight" for prefix in prefixes]
-                getattr(segment, norm).weight.set_value(_stack(names, (config.hidden_size,), spec.norm_dtype, read))
+                stack = reader.stack(names, (config.hidden_size,), spec.norm_dtype)
+                getattr(segment, norm).weight.set_value(stack)
             for path, linear_spec in spec.layers[start]:
-                _fill(segment.linear(path), linear_spec, [f"{prefix}.{path}" for prefix in prefixes], read)
+                _fill(segment.linear(path), linear_spec, [f"{prefix}.{path}" for prefix in prefixes], reader)
         if decoder.lm_head is not None and spec.head is not None:
-            _fill(decoder.lm_head, spec.head, ["lm_head"], read, stacked=False)
+            _fill(decoder.lm_head, spec.head, ["lm_head"], reader, stacked=False)
     return decoder
 
 
-def _fill(
-    linear: Linear,
-    spec: LinearSpec,
-    names: list[str],
-    read: Callable[[str], np.ndarray],
-    *,
-    stacked: bool = True,
-) -> None:
+def _fill(linear: Linear, spec: LinearSpec, names: list[str], reader: _Reader, *, stacked: bool = True) -> None:
     """Give a linear layer its arrays, those of several layers stacked, or those of the one in ``names``."""
 
-    def stack(part: str, shape: tuple[int, ...], dtype: Any, convert: Callable[[str], Any] = read) -> jax.Array:
-        if not stacked:
-            return jnp.array(convert(f"{names[0]}.{part}"), dtype)
-        return _stack([f"{name}.{part}" for name in names], shape, dtype, convert)
+    def stack(part: str, shape: tuple[int, ...], dtype: Any, check: _Check = None, decode: _Decode = None) -> jax.Array:
+        if stacked:
+            return reader.stack([f"{name}.{part}" for name in names], shape, dtype, check, decode)
+        name = f"{names[0]}.{part}"
+        array = reader.array(name)
+        if check is not None:
+            check(array, name)
+        return jnp.array(array, dtype) if decode is None else decode(array)
 
     n_in, n_out = spec.in_features, spec.out_features
     if spec.bias and linear.bias is not None:
@@ -239,22 +282,19 @@ def _fill(
         return
     groups = group_count(n_in, quant.group_size)
 
-    def scales(name: str) -> np.ndarray:
-        return _finite(read(name), name)
+    def zeros(words: np.ndarray) -> jax.Array:
+        return _decode_zeros(words, quant.bits, n_out, quant.checkpoint_format)
 
-    def zeros(name: str) -> jax.Array:
-        return _decode_zeros(read(name), quant.bits, n_out, quant.checkpoint_format)
-
-    def g_idx(name: str) -> np.ndarray:
-        return _in_range(read(name), groups, name)
+    def in_range(g_idx: np.ndarray, name: str) -> None:
+        _check_range(g_idx, groups, name)
 
     filled = linear.packed
     linear.weight.set_value(
         type(filled)(
             qweight=stack("qweight", (packed_size(n_in, quant.bits), n_out), jnp.int32),
-            scales=stack("scales", (groups, n_out), spec.dtype, scales),
-            zeros=stack("qzeros", (groups, n_out), jnp.uint8, zeros),
-            g_idx=stack("g_idx", (n_in,), jnp.int32, g_idx) if quant.act_order else None,
+            scales=stack("scales", (groups, n_out), spec.dtype, check=_check_finite),
+            zeros=stack("qzeros", (groups, n_out), jnp.uint8, decode=zeros),
+            g_idx=stack("g_idx", (n_in,), jnp.int32, check=in_range) if quant.act_order else None,
             offset=None,
             bits=quant.bits,
             group_size=quant.group_size,
@@ -264,7 +304,7 @@ def _fill(
     )
 
 
-def _finite(scales: np.ndarray, name: str) -> np.ndarray:
+def _check_finite(scales: np.ndarray, name: str) -> None:
     bad = ~np.isfinite(scales.astype(np.float32))
     if bad.any():
         place = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -272,13 +312,11 @@ def _finite(scales: np.ndarray, name: str) -> np.ndarray:
             f"{name}: {np.count_nonzero(bad)} of {bad.size} scales are NaN or infinite, the first at {place}. "
             "The checkpoint is damaged or its quantisation overflowed; download or quantise it again."
         )
-    return scales
 
 
-def _in_range(g_idx: np.ndarray, groups: int, name: str) -> np.ndarray:
+def _check_range(g_idx: np.ndarray, groups: int, name: str) -> None:
     if g_idx.min() < 0 or g_idx.max() >= groups:
         raise CheckpointError(
             f"{name}: groups run from {g_idx.min()} to {g_idx.max()}, expected 0 to {groups - 1}. "
             "Check group_size in the quantisation config."
         )
-    return g_idx
