@@ -74,8 +74,8 @@ def step_tiles(bits: int, options: argparse.Namespace) -> tuple[AdjustBlocks | N
     least = max(16, options.group_size // values)
     periods = [p for p in (16, 32, 64) if p >= least] or [least]
     tiles = [AdjustBlocks(*sizes) for sizes in itertools.product(periods, (32, 64, 128), (2, 4, 8))]
-    # What a thread holds at once: all values of D, or one of every period.
-    values, most = (values, 128) if packs else (1, 16)
+    # What a thread holds at once: all values of D, or one of every period; more spills.
+    values, most = (values, 128) if packs else (1, 8)
     held = {tile: tile.periods * values * tile.columns / (32 * tile.num_warps) for tile in tiles}
     return current, [tile for tile in tiles if most / 4 <= held[tile] <= most]
 
@@ -174,8 +174,11 @@ def right(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     """Q = (A + m).T @ (s * dW')."""
     _, current = gradient_blocks(n_in, n_out, jnp.dtype(DTYPE).itemsize)
     group = n_in if options.group_size == -1 else options.group_size
-    # A tile lies in one group: more rows would be taken back to it, and be another tile.
-    tiles = [tile for tile in gradient_tiles(right_split, current, n_in, n_out) if tile.rows <= group]
+    # The kernel takes no more rows than a group has: of tiles that differ only beyond them, one.
+    seen = {dataclasses.replace(current, rows=min(current.rows, group)): current}
+    for tile in gradient_tiles(right_split, current, n_in, n_out):
+        seen.setdefault(dataclasses.replace(tile, rows=min(tile.rows, group)), tile)
+    tiles = list(seen.values())
 
     inputs = [
         (w, t.a, w.group_sum(t.a.astype(jnp.float32)) / w.group_rows(), dweight)

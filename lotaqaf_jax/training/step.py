@@ -13,6 +13,7 @@ from flax import nnx
 
 from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
+from lotaqaf_jax.training.compilation import compiler_options
 from lotaqaf_jax.training.loss import summed_loss
 
 __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
@@ -106,7 +107,7 @@ def make_train_step(
         )
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:

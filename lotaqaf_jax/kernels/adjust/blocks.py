@@ -35,7 +35,7 @@ def period_of(bits: int) -> tuple[int, int]:
 
 _PLAIN = {
     2: AdjustBlocks(16, 64, 4),
-    3: AdjustBlocks(16, 64, 4),
+    3: AdjustBlocks(16, 32, 4),  # 64 columns spill
     4: AdjustBlocks(16, 64, 2),
     8: AdjustBlocks(32, 64, 4),
 }

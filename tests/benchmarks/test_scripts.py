@@ -1,0 +1,157 @@
+"""The scripts that time single kernels run from flags to file, with tiny layers and a clock that counts runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torch")
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SECONDS = 6e-6
+
+Load = Callable[[str], Any]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Imports a script as it imports its neighbours; takes all of them out again."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    # The scripts set this for a card.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def run(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs ``main`` of a script with flags, under the interpreter, and returns what it wrote."""
+
+    def clock(program: Callable[[], Any], repeats: int = 3) -> float:
+        program()
+        return SECONDS
+
+    monkeypatch.setattr(load("common"), "device_seconds", clock)
+    operations, matmul = load("operations"), load("matmul")
+    for module, settings in (
+        # The interpreter does not round to 16 and 8 bits as a card does.
+        (operations, {"CACHE": 1, "CALLS": 2, "TOKENS": 64, "LAYERS": 2, "DTYPE": "float32"}),
+        (matmul, {"CACHE": 1, "CALLS": 2}),
+        (load("candidates"), {"DTYPE": "float32", "MATMUL_CALLS": 1}),
+    ):
+        for name, value in settings.items():
+            monkeypatch.setattr(module, name, value)
+
+    def main(script: str, *flags: str) -> dict[str, Any]:
+        file = tmp_path / "results.json"
+        monkeypatch.setattr(sys, "argv", [script, *flags, "--json", str(file)])
+        with contextlib.suppress(SystemExit):  # whether it passed is in the file
+            load(script).main()
+        return json.loads(file.read_text())
+
+    return main
+
+
+def test_the_device_is_timed_alone_and_needs_a_card(load: Load) -> None:
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has a card")
+    with pytest.raises(SystemExit, match="No events of a GPU in the profile: JAX runs on 'cpu'"):
+        load("common").device_seconds(lambda: jax.block_until_ready(jax.numpy.arange(3) + 1))
+
+
+def test_time_is_the_median_of_three_runs_after_a_first(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    common, runs = load("common"), []
+    given = iter([{"a": (2, 5.0)}, {"a": (2, 1.0), "copy": (1, 1.0)}, {"a": (2, 7.0)}])
+
+    def kernel_times(run: Callable[[], Any]) -> Any:
+        run()
+        return next(given), 9.0
+
+    monkeypatch.setattr(common, "kernel_times", kernel_times)
+    assert common.device_seconds(lambda: runs.append(0)) == 5.0
+    assert len(runs) == 4
+
+
+def test_kernels(run: Callable[..., dict[str, Any]]) -> None:
+    names = ("adjusted", "merge", "dequantize", "gradient", "threshold")
+    found = run("kernels", "--shapes", "64x32", "--bits", "4", "3", "--rank", "8", "--omega", "4", "--only", *names)
+    calls = [line["call"] for line in found["lines"]]
+    assert calls == ["adjusted", "merge", "dequantize", "gradient", "adjusted", "merge", "dequantize", "threshold"]
+    assert all(line["agrees"] for line in found["lines"])
+    # A program makes as many calls as there are inputs.
+    assert found["lines"][0]["triton"] == pytest.approx(1e6 * SECONDS / 2)
+
+
+def test_kernels_tells_of_another_result(run: Callable[..., Any], load: Load) -> None:
+    operations = load("operations")
+    columns = {"xla": lambda x: x, "triton": lambda x: x + 1}
+    line = operations.Line("nothing", columns, [(jax.numpy.ones(3),)], 8.0)
+    assert not load("kernels").measure(line)["agrees"]
+
+
+def test_matmul(run: Callable[..., dict[str, Any]]) -> None:
+    found = run("matmul", "--shapes", "64x32+16", "--rows", "1", "--no-peers")
+    assert [line["widths"] for line in found["lines"]] == [[32, 16]]
+    assert all(line["error"] < 0.02 for line in found["lines"])
+    assert all(
+        line[name] == pytest.approx(1e6 * SECONDS / 4) for line in found["lines"] for name in ("packed", "apart")
+    )
+
+
+def test_tune_marks_the_entry_in_use_and_names_what_fails(
+    run: Callable[..., dict[str, Any]], load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    candidates, original = load("candidates"), load("candidates").transposed
+
+    def transposed(x: Any, scale: Any, dtype: Any, *, blocks: Any) -> Any:
+        if blocks.rows == 32:
+            raise ValueError("out of resource: registers\nmore")
+        return original(x, scale * (2 if blocks.rows == 128 else 1), dtype, blocks=blocks)
+
+    monkeypatch.setattr(candidates, "transposed", transposed)
+    (table,) = run("tune", "--only", "transpose", "--shapes", "64x32", "--tokens", "64")["tables"]
+    results = table["results"]
+    assert len(results) > 8
+    assert [one["current"] for one in results].count(True) == 1
+    for one in results:
+        rows, problem = one["blocks"]["rows"], one["problem"]
+        assert (one["microseconds"] is None) == (rows != 64) == bool(problem)
+        assert problem.startswith({32: "ValueError: out of resource", 64: "", 128: "another result"}[rows])
+    assert [one["microseconds"] is None for one in results] == sorted(one["microseconds"] is None for one in results)
+    assert "  *       3.0  rows 64, columns 64, warps 4" in capsys.readouterr().out.splitlines()
+
+
+def test_every_kernel_has_candidates_that_give_its_result(run: Callable[..., Any], load: Load) -> None:
+    options = argparse.Namespace(bits=[4], rows=[1], group_size=32, rank=8, omega=4.0, tokens=64)
+    for name, make in load("candidates").CASES.items():
+        (case,) = make(64, 32, options)
+        other = [blocks for blocks in case.candidates if blocks != case.current]
+        assert len(set(other)) >= 5, name
+        results = load("tune").tune(dataclasses.replace(case, candidates=other[-1:]))
+        assert len(results) == 2, name
+        assert all(not one.problem and one.error <= case.tolerance for one in results), name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_tiles_of_steps_hold_whole_groups(load: Load, bits: int, group_size: int) -> None:
+    candidates = load("candidates")
+    values, _ = candidates.period_of(bits)
+    current, tiles = candidates.step_tiles(bits, argparse.Namespace(group_size=group_size, rank=64))
+    assert current in tiles
+    assert len(tiles) >= 5
+    assert all(tile.periods * values % group_size == 0 for tile in tiles)
