@@ -11,7 +11,7 @@ import jax
 
 from lotaqaf_jax.models import Recompute
 
-__all__ = ["CompiledStep", "compiler_options", "least_recompute", "use_compilation_cache"]
+__all__ = ["CompiledStep", "least_recompute", "use_compilation_cache"]
 
 
 class _Measured(Protocol):
@@ -63,15 +63,6 @@ def least_recompute(
             return way, step
         del step  # Two programs need not be held at once.
     return "block", compile_step("block")
-
-
-def compiler_options() -> dict[str, bool] | None:
-    """Options of XLA for the training step, for ``jax.jit``; None where there is nothing to say.
-
-    On a GPU all products go to cuBLAS. XLA would compile and time Triton kernels of its own for each: a 14B step then
-    takes five times as long to compile, and comes out no faster, since the large products are cuBLAS's either way.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
 
 
 class CompiledStep:

@@ -13,7 +13,6 @@ from flax import nnx
 
 from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
-from lotaqaf_jax.training.compilation import compiler_options
 from lotaqaf_jax.training.loss import summed_loss
 
 __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
@@ -107,7 +106,16 @@ def make_train_step(
         )
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, bool] | None:
+    """Options of XLA for the training step, for ``jax.jit``; None where there is nothing to say.
+
+    On a GPU all products go to cuBLAS. XLA would compile and time Triton kernels of its own for each: a 14B step then
+    takes five times as long to compile, and comes out no faster, since the large products are cuBLAS's either way.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
 
 
 def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:

@@ -152,8 +152,8 @@ def test_a_run_that_dies_or_is_stopped_goes_on_at_its_place_in_the_data(
 def test_tokens_per_second_are_of_results_not_of_queued_steps(
     adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path, watch: Watch
 ) -> None:
-    """With a device that gives a step's results 0.1 s after those of the step before."""
-    seconds, before = 0.1, jax.numpy.float32(0)
+    """With a device that gives a step's results 0.25 s after those of the step before."""
+    seconds, before = 0.25, jax.numpy.float32(0)
 
     def pause(loss: Any, before: Any) -> Any:
         time.sleep(seconds)
@@ -174,7 +174,8 @@ def test_tokens_per_second_are_of_results_not_of_queued_steps(
     tokens = max(int((batch["segment_ids"] > 0).sum()) for batch in islice(data_of(config).train, 8))
     rates = [one["tokens_per_second"] for one in read_log(tmp_path / "out" / "trainer_log.jsonl") if "loss" in one]
     assert rates[0] is None
-    assert all(0 < rate <= tokens / seconds for rate in rates[1:])
+    # A step that is counted before it is done makes it twice as many; a busy host may read one late, by less than that.
+    assert all(0 < rate <= 1.6 * tokens / seconds for rate in rates[1:])
 
 
 @pytest.mark.parametrize("depth", [1, 2])
