@@ -44,7 +44,7 @@ class TernaryAdapter:
     axes that stack layers. Two more static fields are about the backward pass. ``rebuild`` says whether it builds W'
     again; to keep it instead saves time where the forward pass is itself computed again just before, as under
     ``jax.checkpoint``. ``float8`` lets it round x and dy to 8 bits for the product dW' = x.T @ dy alone, where x
-    has 16.
+    is bfloat16.
     """
 
     a: jax.Array
@@ -151,7 +151,7 @@ def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.
     rows = math.prod(x.shape[:-1])
     x, dy = x.reshape(rows, -1), dy.reshape(rows, -1)
     factor = None
-    if adapter.float8 and x.dtype.itemsize == 2:
+    if adapter.float8 and x.dtype == jnp.bfloat16:  # The product, before its factor, is beyond the range of float16.
         dweight, factor = float8_weight_gradient(x, dy, implementation)
     else:
         # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at

@@ -98,7 +98,7 @@ def add_adapters(
         seed: each adapter depends on this and on its module's name alone.
         offset_dtype: the type mu will be stored in: float32, bfloat16 or float16.
         float8: take the adapters' gradients from a product of numbers of 8 bits, see
-            :mod:`lotaqaf_jax.kernels.float8`; in 16-bit training only.
+            :mod:`lotaqaf_jax.kernels.float8`; where activations are bfloat16.
 
     Returns:
         A new model over the same weights, with int8 adapters.

@@ -29,12 +29,12 @@ def float8_weight_gradient(
     s and t are the largest powers of two that keep s x and t dy in range.
 
     Args:
-        x: (rows, in), rounded to e4m3 (4 bits of precision, from 2**-9 to 448).
+        x: (rows, in), bfloat16, rounded to e4m3 (4 bits of precision, from 2**-9 to 448).
         dy: (rows, out), rounded to e5m2 (3 bits, from 2**-16 to 57344).
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
     Returns:
-        product (in, out) in the type of ``x``, its sums float32, and factor () float32.
+        product (in, out) bfloat16, its sums float32, and factor () float32.
 
     Source: formats of arXiv 2209.05433.
     """
