@@ -59,7 +59,7 @@ def quantized_columns(x: jax.Array, dtype: jnp.dtype, implementation: str | None
         largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     # The largest s with s * largest <= top, by mantissas in [0.5, 1) and exponents: a logarithm is not exact.
     (mantissa, exponent), (top, top_exponent) = jnp.frexp(largest), math.frexp(float(jnp.finfo(dtype).max))
-    exponent = jnp.clip(top_exponent - exponent - (mantissa > top), -100, 100)
+    exponent = jnp.clip(top_exponent - exponent - (mantissa > top), -100, 60)  # s * t stays finite
     scale = jnp.where(jnp.isfinite(largest), jnp.ldexp(jnp.float32(1), exponent), jnp.nan)
     if triton:
         return gpu.transposed(x, scale, dtype), scale
