@@ -229,6 +229,7 @@ class Decoder(nnx.Module):
             The last layer's output after its norm, (batch, length, hidden), and the caches.
         """
         rope = rope_angles(positions, self.config)
+        marks = None if valid is None else valid.astype(jnp.int8)
         x = self.embed_tokens(input_ids, self.dtype)
         written = []
         for segment, cache in zip(self.segments, caches, strict=True):
@@ -240,7 +241,7 @@ class Decoder(nnx.Module):
 
                 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
                     kept = cache.write(layer, slot, k, v)
-                    mixed = causal()(q, k, v)[0] if valid is None else kept.attend(q, valid, layer)
+                    mixed = causal()(q, k, v)[0] if marks is None else kept.attend(q, marks, layer)
                     return mixed, kept
 
                 return segment(x, rope, attend, layer)

@@ -64,5 +64,6 @@ def test_several_new_tokens_are_left_to_plain_jax() -> None:
     q = numbers(0, 2, 3, 4, 16, dtype=jnp.float32)
     keys, values = (numbers(seed, 1, 2, 2, 9, 16, dtype=jnp.float32) for seed in (1, 2))
     valid = np.ones((2, 9), bool)
-    found = cached_attention(q, keys, values, jnp.asarray(valid), 0)
-    np.testing.assert_allclose(found, truth(q, keys[0], values[0], valid), atol=1e-5)
+    for marks in (jnp.asarray(valid), jnp.asarray(valid, jnp.int8)):
+        found = cached_attention(q, keys, values, marks, 0)
+        np.testing.assert_allclose(found, truth(q, keys[0], values[0], valid), atol=1e-5)

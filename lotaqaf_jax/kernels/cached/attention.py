@@ -28,7 +28,8 @@ def cached_attention(
         q: (batch, length, heads, head_dim).
         keys: (layers, batch, kv_heads, slots, head_dim).
         values: likewise.
-        valid: (batch, slots) bool, True where the row's slot holds a token to attend to; at least one in every row.
+        valid: (batch, slots) bool, True where the row's slot holds a token to attend to; at least one in every row. Or
+            int8, which the kernel reads as it is: a loop over layers converts once.
         layer: () int32, which layer.
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
@@ -55,7 +56,7 @@ def reference(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array
     kv_heads = keys.shape[1]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("blkgd,bksd->bkgls", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(valid[:, None, None, None, :], scores * head_dim**-0.5, -jnp.inf)
+    scores = jnp.where(valid.astype(bool)[:, None, None, None, :], scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     mixed = jnp.einsum("bkgls,bksd->blkgd", weights, values, preferred_element_type=jnp.float32)
     return mixed.reshape(q.shape).astype(q.dtype)
