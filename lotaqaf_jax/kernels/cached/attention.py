@@ -54,7 +54,10 @@ def reference(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array
     """The equation, for keys and values of one layer, (batch, kv_heads, slots, head_dim)."""
     batch, length, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    if jax.default_backend() == "cpu":
+        # XLA has no batched 16-bit products with float32 sums there.
+        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    grouped = q.astype(keys.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("blkgd,bksd->bkgls", grouped, keys, preferred_element_type=jnp.float32)
     scores = jnp.where(valid.astype(bool)[:, None, None, None, :], scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
