@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from common import copies
 from matmul import Layer, random_stacks, random_x
 from models import random_layer
-from operations import copies
+from operations import CALLS
 
 from lotaqaf_jax.kernels.adjust.blocks import (
     AdjustBlocks,
@@ -35,6 +36,7 @@ from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, matmul_blocks
 from lotaqaf_jax.kernels.matmul.blocks import period_of as matmul_period_of
 from lotaqaf_jax.kernels.matmul.gpu import fused
 from lotaqaf_jax.models import QuantSpec
+from lotaqaf_jax.quant.weight import group_length
 
 __all__ = ["CASES", "Case"]
 
@@ -59,7 +61,7 @@ class Case:
 def adjust_inputs(n_in: int, n_out: int, bits: int, options: argparse.Namespace) -> list[Any]:
     """(weight, adapter) of every call."""
     quant = QuantSpec(bits, options.group_size)
-    count = copies(n_in * n_out * bits / 8)
+    count = copies(n_in * n_out * bits / 8, CALLS)
     return [random_layer(i, (n_in, n_out), quant, options.rank, options.omega)[:2] for i in range(count)]
 
 
@@ -88,7 +90,7 @@ def packed(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]
             continue
 
         def call(blocks: AdjustBlocks) -> Any:
-            return lambda w, t: adjusted(w, t.a, t.b, t.omega, t.offset, t.offset_dtype, DTYPE, blocks=blocks)
+            return lambda w, t: adjusted(w, t, DTYPE, blocks=blocks)
 
         layer = f"{n_in}x{n_out} {bits} bit g{options.group_size}"
         table = "adjust/blocks.py, " + ("_PACKED" if can_pack(bits, options.rank) else "_PLAIN")
@@ -101,7 +103,7 @@ def merge(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
 
         def call(blocks: AdjustBlocks) -> Any:
             def run(w: Any, t: Any) -> Any:
-                found, _ = merged(w, t.a, t.b, t.omega, t.offset, t.offset_dtype, blocks=blocks)
+                found, _ = merged(w, t, blocks=blocks)
                 return found.qweight, found.offset
 
             return run
@@ -150,7 +152,7 @@ def gradient_tiles(split: Any, current: GradientBlocks, n_in: int, n_out: int) -
 def gradient_inputs(n_in: int, n_out: int, options: argparse.Namespace) -> list[Any]:
     """(weight, adapter, dweight) of every call; the width does not matter."""
     quant = QuantSpec(options.bits[0], options.group_size)
-    count = copies(2 * n_in * n_out)
+    count = copies(2 * n_in * n_out, CALLS)
     layers = [random_layer(i, (n_in, n_out), quant, options.rank, options.omega) for i in range(count)]
     return [(w, t, dweight.astype(DTYPE)) for w, t, dweight in layers]
 
@@ -158,7 +160,7 @@ def gradient_inputs(n_in: int, n_out: int, options: argparse.Namespace) -> list[
 def left(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     """P = (s * dW') @ B.T."""
     current, _ = gradient_blocks(n_in, n_out, jnp.dtype(DTYPE).itemsize)
-    group = n_in if options.group_size == -1 else options.group_size
+    group = group_length(n_in, options.group_size)
     tiles = gradient_tiles(left_split, current, n_in, n_out)
     # A tile lies in one group or holds whole groups.
     tiles = [tile for tile in tiles if group % tile.rows == 0 or tile.rows % group == 0 or group == n_in]
@@ -173,7 +175,7 @@ def left(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
 def right(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     """Q = (A + m).T @ (s * dW')."""
     _, current = gradient_blocks(n_in, n_out, jnp.dtype(DTYPE).itemsize)
-    group = n_in if options.group_size == -1 else options.group_size
+    group = group_length(n_in, options.group_size)
     # The kernel takes no more rows than a group has: of tiles that differ only beyond them, one.
     seen = {dataclasses.replace(current, rows=min(current.rows, group)): current}
     for tile in gradient_tiles(right_split, current, n_in, n_out):
@@ -195,7 +197,7 @@ def right(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
 def transpose(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     """dy (tokens, out) to float8, transposed."""
     del n_in
-    keys = jax.random.split(jax.random.key(0), copies(2 * options.tokens * n_out))
+    keys = jax.random.split(jax.random.key(0), copies(2 * options.tokens * n_out, CALLS))
     inputs = [(jax.random.normal(key, (options.tokens, n_out), DTYPE), jnp.float32(2.0**7)) for key in keys]
     sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
     tiles = [TransposeBlocks(*size) for size in sizes if 16 <= size[0] * size[1] / (32 * size[2]) <= 64]
@@ -209,7 +211,7 @@ def transpose(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Ca
 def matmul(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     """y = x @ W from a stack of packed words."""
     for bits, rows in itertools.product(options.bits, options.rows):
-        group = n_in if options.group_size == -1 else options.group_size
+        group = group_length(n_in, options.group_size)
         current = matmul_blocks(rows, n_in, (n_out,), bits, group)
         if current is None:
             continue

@@ -1,10 +1,11 @@
-"""Run every kernel on this machine's card over widths, groups, orders and odd sizes; one line a case.
+"""Run every kernel that reads packed words, and those of the gradients, over widths, groups, orders and odd sizes.
 
     python benchmarks/check_kernels.py [--jobs 4]
 
-Weights and merged words must equal the plain JAX implementation bit for bit, products of several weights in one launch
-those of single ones. Gradients and products are compared with plain JAX, or with float64, by relative error (norm of
-the difference over the norm). Exit status 1 if a case fails.
+One line a case. Weights and merged words must equal the plain JAX implementation bit for bit, products of several
+weights in one launch those of single ones. Gradients and products are compared with plain JAX, or with float64, by
+relative error (norm of the difference over the norm). Exit status 1 if a case fails. Not among them: float8, and
+attention over a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import environment
+from common import environment, relative_error
 
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
 from lotaqaf_jax.kernels.choose import choose, missing_for_triton
@@ -75,13 +76,6 @@ def half(w: QuantizedWeight) -> QuantizedWeight:
     return dataclasses.replace(w, **arrays, offset=offset, shape=(w.shape[0], n_out))
 
 
-def error(found: Any, truth: Any) -> float:
-    """Largest relative error over the arrays of a tree."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)
-    wide = ((np.asarray(f, np.float64), np.asarray(t, np.float64)) for f, t in pairs)
-    return max(float(np.linalg.norm(f - t) / np.linalg.norm(t)) for f, t in wide)
-
-
 def check(number: int) -> tuple[bool, str]:
     """Whether one case passes, and its line."""
     grid, (offset, dtype), (rank, omega) = GRIDS[number], RULES[number % 4], RANKS[number % 3]
@@ -96,8 +90,8 @@ def check(number: int) -> tuple[bool, str]:
     wrong += ["merged"] if not _equal(found["merged"], found["bfloat16"]) else []
     exact = np.asarray(x, np.float64) @ np.asarray(truth["float32"], np.float64)
     errors = {
-        "gradients": error(found["gradients"], truth["gradients"]),
-        "product": error(
+        "gradients": relative_error(found["gradients"], truth["gradients"]),
+        "product": relative_error(
             [*found["product"], found["together"][1]],
             [*(exact[:rows] for rows in (1, 16, 64)), exact[:1, : grid.n_out // 2]],
         ),

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 __all__ = [
-    "CACHE",
     "COPY",
+    "copies",
     "device_seconds",
     "environment",
     "kernel_times",
@@ -37,6 +37,11 @@ COPY = 4.3e12
 """Bytes a second of a device copy on an H200, read and written."""
 CACHE = 60e6
 """Bytes that an L2 cache does not hold."""
+
+
+def copies(size: float, least: int = 4) -> int:
+    """How many inputs of ``size`` bytes the cache does not hold: four times as much."""
+    return max(least, int(4 * CACHE / size) + 1)
 
 
 def layer_arguments(parser: argparse.ArgumentParser, bits: Sequence[int] | None = None) -> None:
@@ -140,7 +145,7 @@ def relative_error(found: Any, truth: Any) -> float:
     errors = [0.0]
     for f, t in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
         if not np.array_equal(f, t):
-            f, t = np.asarray(f, np.float32), np.asarray(t, np.float32)
+            f, t = np.asarray(f, np.float64), np.asarray(t, np.float64)
             error = float(np.linalg.norm(f - t) / np.linalg.norm(t))
             errors.append(max(error, 1e-30) if np.isfinite(error) else float("inf"))
     return max(errors)

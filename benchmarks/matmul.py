@@ -40,13 +40,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import CACHE, COPY, device_seconds, environment, write_json
+from common import COPY, copies, device_seconds, environment, write_json
 
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.packing import packed_size
-from lotaqaf_jax.quant.weight import group_count
+from lotaqaf_jax.quant.weight import group_count, trivial_g_idx
 
 SHAPES = {
     "Qwen2.5-14B": (
@@ -89,10 +89,6 @@ class Layer:
         """Bytes of words, float16 scales and zeros."""
         return 4 * packed_size(self.n_in, self.bits) * self.n_out + 3 * self.groups * self.n_out
 
-    def copies(self, size: float) -> int:
-        """How many copies of ``size`` bytes the cache does not hold: four times as much."""
-        return max(4, int(4 * CACHE / size) + 1)
-
 
 def random_stacks(layer: Layer, offset: bool) -> list[QuantizedWeight]:
     """A stack of random weights for every width, large enough that the cache does not hold them."""
@@ -101,7 +97,7 @@ def random_stacks(layer: Layer, offset: bool) -> list[QuantizedWeight]:
 
 def random_stack(layer: Layer, width: int, offset: bool, seed: int) -> QuantizedWeight:
     """One of them."""
-    count = layer.copies(layer.packed_bytes)
+    count = copies(layer.packed_bytes)
     keys = jax.random.split(jax.random.key(seed), 4)
     grid = (count, layer.groups, width)
     words = jax.random.bits(keys[0], (count, packed_size(layer.n_in, layer.bits), width), jnp.uint32)
@@ -131,7 +127,7 @@ def relative_error(y: jax.Array, x: jax.Array, w: QuantizedWeight, index: int) -
     stream = np.concatenate([words, np.zeros((1, len(columns)), np.uint64)])
     pairs = stream[bit // 32] | stream[bit // 32 + 1] << np.uint64(32)
     q = (pairs >> (bit % 32).astype(np.uint64)[:, None]) & np.uint64(2**w.bits - 1)
-    group = np.arange(w.shape[0]) // (w.shape[0] if w.group_size == -1 else w.group_size)
+    group = trivial_g_idx(w.shape[0], w.group_size)
 
     def spread(per_group: jax.Array) -> np.ndarray:
         return np.asarray(per_group[index][:, columns], np.float64)[group]
@@ -201,7 +197,7 @@ def cublas(layer: Layer) -> float:
     """x @ W in bfloat16 through torch."""
     import torch
 
-    count = layer.copies(2 * layer.n_in * layer.n_out)
+    count = copies(2 * layer.n_in * layer.n_out)
     w = torch.randn((count, layer.n_in, layer.n_out), device="cuda", dtype=torch.bfloat16)
     x = torch.randn((layer.rows, layer.n_in), device="cuda", dtype=torch.bfloat16)
     return torch_graph(lambda i: x @ w[i], count)
@@ -213,7 +209,7 @@ def tinygemm(layer: Layer) -> float | None:
 
     if layer.bits != 4 or layer.group_size not in (32, 64, 128) or layer.n_in % 1024:
         return None
-    count = layer.copies(layer.packed_bytes)
+    count = copies(layer.packed_bytes)
     bytes_ = torch.randint(0, 256, (layer.n_out, layer.n_in // 2), device="cuda", dtype=torch.uint8)
     w = [torch.ops.aten._convert_weight_to_int4pack(bytes_.roll(i, 0), 8) for i in range(count)]
     grid = (count, layer.groups, layer.n_out, 2)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -35,7 +36,7 @@ def main() -> None:
     for i, (_, linear) in enumerate(linears(model)):
         adapter = linear.ternary
         b = jax.random.randint(jax.random.key(i), adapter.b.shape, -1, 2, jnp.int8)
-        linear.adapter = Ternary(type(adapter)(adapter.a, b, adapter.omega, adapter.offset, adapter.offset_dtype))
+        linear.adapter = Ternary(dataclasses.replace(adapter, b=b))
 
     def run() -> None:
         jax.block_until_ready(nnx.state(merge(model)))

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from common import CACHE
+from common import copies
 from flax import nnx
 from models import random_layer
 
 from lotaqaf_jax.kernels import TernaryAdapter, weight_matrix
 from lotaqaf_jax.kernels.adjust.gpu import merged
-from lotaqaf_jax.kernels.float8.product import float8_weight_gradient
+from lotaqaf_jax.kernels.float8 import float8_weight_gradient
 from lotaqaf_jax.kernels.gradient import gpu as gradient_gpu
 from lotaqaf_jax.models import Decoder, QuantSpec, dense_spec, linears
 from lotaqaf_jax.models.presets import preset
@@ -25,7 +25,7 @@ from lotaqaf_jax.optim.quantile import kth_largest, lower_neighbour
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.ternary import adapter_gradients, merge
 
-__all__ = ["LAYERS", "TOKENS", "Line", "copies", "float8", "of_words", "optimizer", "threshold"]
+__all__ = ["CALLS", "LAYERS", "TOKENS", "Line", "float8", "of_words", "optimizer", "threshold"]
 
 TOKENS, LAYERS, STEPS = 8192, 48, 300
 CALLS = 8
@@ -52,7 +52,7 @@ class Line:
 def of_words(n_in: int, n_out: int, bits: int, options: argparse.Namespace) -> Iterator[Line]:
     """What reads packed words, and the gradient, whose inputs are the same layer."""
     quant = QuantSpec(bits, options.group_size)
-    count = copies(n_in * n_out * bits / 8)
+    count = copies(n_in * n_out * bits / 8, CALLS)
     inputs = [random_layer(i, (n_in, n_out), quant, options.rank, options.omega) for i in range(count)]
 
     def rule(t: TernaryAdapter) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def of_words(n_in: int, n_out: int, bits: int, options: argparse.Namespace) -> I
 
     def our_merge(w: QuantizedWeight, t: TernaryAdapter) -> tuple[Any, ...]:
         # Not in place: the words of every call are needed again.
-        found, _ = merged(w, t.a, t.b, **rule(t), offset_dtype=t.offset_dtype)
+        found, _ = merged(w, t)
         return found.qweight, found.offset
 
     def adjusted(implementation: str) -> Any:
@@ -150,8 +150,3 @@ def optimizer(model: str, options: argparse.Namespace) -> Line:
 
     values = sum(param.size for param in params)
     return Line("optimizer", {"sort": by_sort, "quantile": update}, [(grads, params, rule.init(params))], 6 * values)
-
-
-def copies(size: float) -> int:
-    """How many inputs of ``size`` bytes the cache does not hold."""
-    return max(CALLS, int(4 * CACHE / size) + 1)

@@ -1,11 +1,7 @@
 """Operations on quantised weights. Each file states its equation in plain JAX; ``choose`` picks an implementation."""
 
-from lotaqaf_jax.kernels.linear import (
-    TernaryAdapter,
-    keep_products,
-    quantized_linear,
-    weight_matrix,
-)
+from lotaqaf_jax.kernels.adapter import TernaryAdapter
+from lotaqaf_jax.kernels.linear import keep_products, quantized_linear, weight_matrix
 from lotaqaf_jax.kernels.merge import merge_adapter, merge_and_count
 
 __all__ = [

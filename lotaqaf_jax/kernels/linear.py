@@ -15,50 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lotaqaf_jax.kernels.adapter import TernaryAdapter
+from lotaqaf_jax.kernels.adjust import gpu as adjust
 from lotaqaf_jax.kernels.choose import choose
-from lotaqaf_jax.kernels.float8.product import float8_weight_gradient
+from lotaqaf_jax.kernels.float8 import float8_weight_gradient
+from lotaqaf_jax.kernels.gradient import gpu as gradient
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, adapter_gradients, adjusted_weight
+from lotaqaf_jax.ternary import adapter_gradients, adjusted_weight
 
-__all__ = [
-    "TernaryAdapter",
-    "keep_products",
-    "quantized_linear",
-    "weight_matrix",
-]
+__all__ = ["keep_products", "quantized_linear", "weight_matrix"]
 
 
 _PRODUCT = "lotaqaf_product"
 
 keep_products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 """A policy for ``jax.checkpoint``: keep the outputs of quantised linear layers, recompute the rest."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TernaryAdapter:
-    """Ternary adapters of one weight matrix and the rule by which they are applied.
-
-    ``a`` (in, rank) and ``b`` (rank, out) hold values in {-1, 0, 1}, int8 at rest, float where gradients are taken;
-    ``omega``, ``offset`` and ``offset_dtype`` are static, see :mod:`lotaqaf_jax.ternary`. Arrays may carry leading
-    axes that stack layers. Two more static fields are about the backward pass. ``rebuild`` says whether it builds W'
-    again; to keep it instead saves time where the forward pass is itself computed again just before, as under
-    ``jax.checkpoint``. ``float8`` lets it round x and dy to 8 bits for the product dW' = x.T @ dy alone, where x
-    is bfloat16.
-    """
-
-    a: jax.Array
-    b: jax.Array
-    omega: float = dataclasses.field(metadata={"static": True})
-    offset: Offset = dataclasses.field(metadata={"static": True})
-    offset_dtype: Any = dataclasses.field(metadata={"static": True})
-    rebuild: bool = dataclasses.field(default=True, metadata={"static": True})
-    float8: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def rank(self) -> int:
-        """Inner size of the adapters."""
-        return self.a.shape[-1]
 
 
 def weight_matrix(
@@ -71,7 +42,7 @@ def weight_matrix(
     (XLA on the CPU does) sums in another order. The detour by the bits of the float, which costs nothing, keeps it out.
     """
     if choose(implementation) == "triton":
-        return _fused(w, adapter, dtype)
+        return adjust.dequantized(w, dtype) if adapter is None else adjust.adjusted(w, adapter, dtype)
     if adapter is None:
         matrix = w.dequantize()
     else:
@@ -86,14 +57,6 @@ def weight_matrix(
     matrix = matrix.astype(dtype)
     bits = jax.lax.bitcast_convert_type(matrix, {4: jnp.uint32, 2: jnp.uint16}[matrix.dtype.itemsize])
     return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), dtype)
-
-
-def _fused(w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any) -> jax.Array:
-    from lotaqaf_jax.kernels.adjust import gpu
-
-    if adapter is None:
-        return gpu.dequantized(w, dtype)
-    return gpu.adjusted(w, adapter.a, adapter.b, adapter.omega, adapter.offset, adapter.offset_dtype, dtype)
 
 
 def quantized_linear(
@@ -157,20 +120,12 @@ def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.
         # The product accumulates in float32 whatever its type; t-SignSGD reads sign and rank, for which 16 bits do, at
         # half the memory.
         dweight = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-    rule: dict[str, Any] = {"omega": adapter.omega, "offset": adapter.offset}
-    if implementation == "triton" and (gradient := _gradient_kernels()).fits_tiles(w):
-        da, db = gradient.adapter_gradients(w, adapter.a, adapter.b, dweight, **rule)
-    else:
-        da, db = adapter_gradients(w, adapter.a, adapter.b, dweight, **rule)
+    fused = implementation == "triton" and gradient.fits_tiles(w)
+    function = gradient.adapter_gradients if fused else adapter_gradients
+    da, db = function(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
     if factor is not None:
         da, db = da * factor, db * factor
     return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
-
-
-def _gradient_kernels() -> Any:
-    from lotaqaf_jax.kernels.gradient import gpu
-
-    return gpu
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lotaqaf_jax.kernels.adapter import TernaryAdapter
+from lotaqaf_jax.kernels.adjust import gpu
 from lotaqaf_jax.kernels.choose import choose
-from lotaqaf_jax.kernels.linear import TernaryAdapter
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import check_settings, merge, ternary_step
 
@@ -28,10 +29,7 @@ def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: s
     """
     check_settings(adapter.rank, adapter.omega, adapter.offset)
     if choose(implementation) == "triton":
-        from lotaqaf_jax.kernels.adjust import gpu
-
-        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
-        return gpu.merged(w, adapter.a, adapter.b, *rule, in_place=True)[0]
+        return gpu.merged(w, adapter, in_place=True)[0]
     return _plain(w, adapter)
 
 
@@ -41,10 +39,7 @@ def merge_and_count(
     """As :func:`merge_adapter`, and the number of integers that moved, an int32 scalar."""
     check_settings(adapter.rank, adapter.omega, adapter.offset)
     if choose(implementation) == "triton":
-        from lotaqaf_jax.kernels.adjust import gpu
-
-        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
-        merged, moved = gpu.merged(w, adapter.a, adapter.b, *rule, count=True)
+        merged, moved = gpu.merged(w, adapter, count=True)
         return merged, moved.sum()
     steps = ternary_step(w, adapter.a, adapter.b, omega=adapter.omega)
     return _plain(w, adapter), jnp.abs(steps).sum()

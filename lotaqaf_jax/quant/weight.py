@@ -15,7 +15,7 @@ from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.quant.packing import check_bits, pack, packed_size, unpack
 from lotaqaf_jax.quant.zeros import check_format, decode_zeros, encode_zeros
 
-__all__ = ["QuantizedWeight", "affine", "group_count", "trivial_g_idx"]
+__all__ = ["QuantizedWeight", "affine", "group_count", "group_length", "trivial_g_idx"]
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -23,9 +23,14 @@ def group_count(in_features: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-in_features // group_size)
 
 
+def group_length(in_features: int, group_size: int) -> int:
+    """Rows of a whole group: group_size, or all of them for ``group_size=-1``."""
+    return in_features if group_size == -1 else group_size
+
+
 def trivial_g_idx(in_features: int, group_size: int) -> np.ndarray:
     """The group of every input row without act-order: i // group_size, (in,) int32."""
-    return np.arange(in_features, dtype=np.int32) // (in_features if group_size == -1 else group_size)
+    return np.arange(in_features, dtype=np.int32) // group_length(in_features, group_size)
 
 
 def affine(steps: jax.Array, scales: jax.Array, offset: jax.Array | None) -> jax.Array:
@@ -178,7 +183,7 @@ class QuantizedWeight:
         """Sum over the rows of each group: (in, columns) -> (groups, columns), any number of columns."""
         if self.g_idx is not None:
             return jax.ops.segment_sum(per_row, self.g_idx, num_segments=self.groups)
-        rows = self.shape[0] if self.group_size == -1 else self.group_size
+        rows = group_length(self.shape[0], self.group_size)
         padded = jnp.pad(per_row, ((0, self.groups * rows - self.shape[0]), (0, 0)))
         return padded.reshape(self.groups, rows, -1).sum(axis=1)
 

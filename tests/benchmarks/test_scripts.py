@@ -49,9 +49,10 @@ def run(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
     operations, matmul = load("operations"), load("matmul")
     for module, settings in (
         # The interpreter does not round to 16 and 8 bits as a card does.
-        (operations, {"CACHE": 1, "CALLS": 2, "TOKENS": 64, "LAYERS": 2, "DTYPE": "float32"}),
-        (matmul, {"CACHE": 1, "CALLS": 2}),
-        (load("candidates"), {"DTYPE": "float32", "MATMUL_CALLS": 1}),
+        (load("common"), {"CACHE": 1}),
+        (operations, {"CALLS": 2, "TOKENS": 64, "LAYERS": 2, "DTYPE": "float32"}),
+        (matmul, {"CALLS": 2}),
+        (load("candidates"), {"CALLS": 2, "DTYPE": "float32", "MATMUL_CALLS": 1}),
     ):
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)

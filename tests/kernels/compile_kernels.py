@@ -20,6 +20,7 @@ import lotaqaf_jax.kernels.cached.gpu as cached
 import lotaqaf_jax.kernels.float8.gpu as float8
 import lotaqaf_jax.kernels.gradient.gpu as gradient
 import lotaqaf_jax.kernels.matmul.gpu as matmul
+from lotaqaf_jax.kernels import TernaryAdapter
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
 NAMES = {"int32": "i32", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
@@ -67,10 +68,11 @@ def main() -> None:
     for grid in GRIDS:
         w = quantized(random_numbers(rng, grid), grid)
         a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, 64), (64, grid.n_out)))
-        merged, _ = adjust.merged(w, a, b, 14.0, "reference", jnp.float32, count=True)
+        adapter = TernaryAdapter(a, b, 14.0, "reference", jnp.dtype(jnp.float32))
+        merged, _ = adjust.merged(w, adapter, count=True)
         adjust.dequantized(merged, jnp.bfloat16)
-        adjust.adjusted(w, a, b, 14.0, "reference", jnp.float32, jnp.bfloat16)
-        adjust.adjusted(w, a, b, 14.0, "none", jnp.float32, jnp.float32)
+        adjust.adjusted(w, adapter, jnp.bfloat16)
+        adjust.adjusted(w, dataclasses.replace(adapter, offset="none"), jnp.float32)
         narrow = dataclasses.replace(grid, n_out=grid.n_out // 2)
         narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):

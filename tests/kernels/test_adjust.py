@@ -55,5 +55,5 @@ def test_the_count_is_that_of_moved_integers() -> None:
 
     for grid in (TILED[1], TILED[3], UNTILED[0]):
         w, t = case(grid, RULES[0])
-        _, moved = gpu.merged(w, t.a, t.b, t.omega, t.offset, t.offset_dtype, count=True)
+        _, moved = gpu.merged(w, t, count=True)
         assert int(moved.sum()) == int(jnp.abs(ternary_step(w, t.a, t.b, omega=t.omega)).sum()) > 0

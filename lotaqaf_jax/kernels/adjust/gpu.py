@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lotaqaf_jax.kernels.adapter import TernaryAdapter
 from lotaqaf_jax.kernels.adjust.blocks import (
     AdjustBlocks,
     any_packed_blocks,
@@ -26,42 +27,31 @@ from lotaqaf_jax.kernels.adjust.blocks import (
     step_blocks,
 )
 from lotaqaf_jax.kernels.launch import interpreted, launch
-from lotaqaf_jax.quant.weight import QuantizedWeight, trivial_g_idx
-from lotaqaf_jax.ternary import Offset, inverse_rows, offset_of_sums, short_parts
+from lotaqaf_jax.kernels.sizes import padded
+from lotaqaf_jax.quant.weight import QuantizedWeight, group_length, trivial_g_idx
+from lotaqaf_jax.ternary import inverse_rows, offset_of_sums, short_parts
 
 __all__ = ["adjusted", "dequantized", "merged"]
 
 
 def adjusted(
-    w: QuantizedWeight,
-    a: jax.Array,
-    b: jax.Array,
-    omega: float,
-    offset: Offset,
-    offset_dtype: Any,
-    dtype: Any,
-    *,
-    blocks: AdjustBlocks | None = None,
+    w: QuantizedWeight, adapter: TernaryAdapter, dtype: Any, *, blocks: AdjustBlocks | None = None
 ) -> jax.Array:
     """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out); ``blocks`` as in :func:`merged`."""
     packed = None
-    if _packs(w, a) and w.g_idx is None:
+    if _packs(w, adapter) and w.g_idx is None:
         values, _ = period_of(w.bits)
         packed = packed_blocks(w.bits, w.group_size)
-        if packed is None and offset == "none" and _rows_of_group(w) % (2 * values) == 0:
+        if packed is None and adapter.offset == "none" and _rows_of_group(w) % (2 * values) == 0:
             packed = any_packed_blocks(w.bits)
     if packed is None:
-        return dequantized(merged(w, a, b, omega, offset, offset_dtype, blocks=blocks)[0], dtype)
-    return _packed(w, a, b, omega, offset, offset_dtype, blocks or packed, weight=dtype)[3]
+        return dequantized(merged(w, adapter, blocks=blocks)[0], dtype)
+    return _packed(w, adapter, blocks or packed, weight=dtype)[3]
 
 
 def merged(
     w: QuantizedWeight,
-    a: jax.Array,
-    b: jax.Array,
-    omega: float,
-    offset: Offset,
-    offset_dtype: Any,
+    adapter: TernaryAdapter,
     *,
     in_place: bool = False,
     count: bool = False,
@@ -71,50 +61,39 @@ def merged(
 
     Args:
         w: the quantised weight.
-        a: (in, rank), float or int8.
-        b: (rank, out), float or int8.
-        omega: threshold.
-        offset: offset rule.
-        offset_dtype: storage type of mu.
+        adapter: its adapters.
         in_place: put the new words where the old ones are, if nothing else needs them; else XLA copies them first.
         count: whether to count; without, the second result means nothing.
         blocks: the tile, for measuring; None is the table's. It holds whole groups wherever the table's does.
     """
-    find = packed_blocks if _packs(w, a) else merge_blocks
-    whole = None if w.g_idx is not None else find(w.bits, w.group_size)
+    packs = _packs(w, adapter)
+    whole = None if w.g_idx is not None else (packed_blocks if packs else merge_blocks)(w.bits, w.group_size)
     # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
-    here = whole is not None and offset != "none"
-    in_place = in_place and (here or offset == "none")
-    within: Offset = offset if here else "none"
-    if _packs(w, a):
-        blocks = blocks or whole or any_packed_blocks(w.bits)
-        words, mu, moved, _ = _packed(w, a, b, omega, within, offset_dtype, blocks, in_place=in_place, count=count)
-    else:
-        blocks = blocks or whole or step_blocks(w.bits)
-        words, mu, moved = _plain(w, a, b, omega, within, offset_dtype, blocks, in_place=in_place, count=count)
-    merged_offset: jax.Array | None = None
+    here = whole is not None and adapter.offset != "none"
+    in_place = in_place and (here or adapter.offset == "none")
+    within = adapter if here else dataclasses.replace(adapter, offset="none")
+    blocks = blocks or whole or (any_packed_blocks if packs else step_blocks)(w.bits)
+    words, mu, moved, *_ = (_packed if packs else _plain)(w, within, blocks, in_place=in_place, count=count)
+    offset: jax.Array | None = None
     if here:
-        merged_offset = mu
-    elif offset != "none":
+        offset = mu
+    elif adapter.offset != "none":
         # The sum of D over a group is the sum of A's rows times B: exact, and small.
-        sum_a = w.group_sum(a.astype(jnp.float32))
-        sum_d = jnp.matmul(sum_a, b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        merged_offset = offset_of_sums(w, sum_d, _group_steps(w, words), omega, offset, offset_dtype)
-    return dataclasses.replace(w, qweight=words, offset=merged_offset), moved
+        sum_a = w.group_sum(adapter.a.astype(jnp.float32))
+        sum_d = jnp.matmul(sum_a, adapter.b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
+        offset = offset_of_sums(w, sum_d, _group_steps(w, words), *rule)
+    return dataclasses.replace(w, qweight=words, offset=offset), moved
 
 
-def _packs(w: QuantizedWeight, a: jax.Array) -> bool:
+def _packs(w: QuantizedWeight, adapter: TernaryAdapter) -> bool:
     """Whether the packed kernel takes this width and rank; the interpreter cannot run it."""
-    return can_pack(w.bits, a.shape[-1]) and not interpreted()
+    return can_pack(w.bits, adapter.rank) and not interpreted()
 
 
 def _packed(
     w: QuantizedWeight,
-    a: jax.Array,
-    b: jax.Array,
-    omega: float,
-    offset: Offset,
-    offset_dtype: Any,
+    adapter: TernaryAdapter,
     blocks: AdjustBlocks,
     *,
     in_place: bool = False,
@@ -124,82 +103,53 @@ def _packed(
     """New words, mu, the counts of moved integers, and the weight in the type ``weight``: either words or weight."""
     from lotaqaf_jax.kernels.adjust.packed import packed_kernel
 
-    n_in, n_out = w.shape
-    rank = a.shape[-1]
+    grid, out, settings = _tiles(w, adapter, blocks, in_place=in_place, count=count, words=weight is None)
+    # A by tile, value of the period and period, as the kernel multiplies it.
     values, _ = period_of(w.bits)
-    rows = blocks.periods * values
-    tiles = -(-n_in // rows)
-    padded = _padded(rank)
-    # By tile, value of the period and period, as the kernel multiplies it.
-    a = jnp.pad(a.astype(jnp.float16), ((0, tiles * rows - n_in), (0, padded - rank)))
-    a = a.reshape(tiles, blocks.periods, values, padded).swapaxes(1, 2)
+    tiles, rank = grid[1], padded(adapter.rank)
+    rest = ((0, tiles * blocks.periods * values - w.shape[0]), (0, rank - adapter.rank))
+    a = jnp.pad(adapter.a.astype(jnp.float16), rest).reshape(tiles, blocks.periods, values, rank).swapaxes(1, 2)
     return launch(
         packed_kernel,
         w.qweight,
         a,
-        b.astype(jnp.float16),
-        _inverse(w, omega, offset),
+        adapter.b.astype(jnp.float16),
+        _inverse(w, adapter),
         w.scales,
         w.zeros,
-        *_thresholds(omega),
-        out=[
-            *_outputs(w, offset, offset_dtype, (tiles, -(-n_out // blocks.columns)) if count else None, weight is None),
-            jax.ShapeDtypeStruct((1, 1) if weight is None else w.shape, weight or jnp.float32),
-        ],
-        grid=(-(-n_out // blocks.columns), tiles),
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        aliases={0: 0} if in_place else None,
-        **_rule(w, rank, omega, offset, offset_dtype),
+        *_thresholds(adapter.omega),
+        out=[*out, jax.ShapeDtypeStruct((1, 1) if weight is None else w.shape, weight or jnp.float32)],
+        grid=grid,
+        **settings,
         GROUP=_rows_of_group(w) or 1,
-        COUNT=count,
-        IN_PLACE=in_place,
         WEIGHT=weight is not None,
-        BLOCK_P=blocks.periods,
-        BLOCK_N=blocks.columns,
     )
 
 
 def _plain(
-    w: QuantizedWeight,
-    a: jax.Array,
-    b: jax.Array,
-    omega: float,
-    offset: Offset,
-    offset_dtype: Any,
-    blocks: AdjustBlocks,
-    *,
-    in_place: bool,
-    count: bool,
+    w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *, in_place: bool, count: bool
 ) -> list[jax.Array]:
     """New words, mu, and the counts of moved integers."""
-    n_in, n_out = w.shape
-    values, words = period_of(w.bits)
-    grid = (-(-n_out // blocks.columns), -(-n_in // (blocks.periods * values)))
+    grid, out, settings = _tiles(w, adapter, blocks, in_place=in_place, count=count, words=True)
     return launch(
         _kernels().merge_kernel,
         w.qweight,
-        a.astype(jnp.float16),
-        b.astype(jnp.float16),
-        _inverse(w, omega, offset),
-        *_thresholds(omega),
-        out=_outputs(w, offset, offset_dtype, grid[::-1] if count else None, True),
+        adapter.a.astype(jnp.float16),
+        adapter.b.astype(jnp.float16),
+        _inverse(w, adapter),
+        *_thresholds(adapter.omega),
+        out=out,
         grid=grid,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        aliases={0: 0} if in_place else None,
-        **_rule(w, a.shape[-1], omega, offset, offset_dtype),
-        WORDS=words,
+        **settings,
+        WORDS=period_of(w.bits)[1],
         GROUP=w.group_size,
-        COUNT=count,
-        IN_PLACE=in_place,
-        BLOCK_P=blocks.periods,
-        BLOCK_N=blocks.columns,
     )
 
 
-def _inverse(w: QuantizedWeight, omega: float, offset: Offset) -> jax.Array:
-    return jnp.zeros((1, 1), jnp.float32) if offset == "none" else inverse_rows(w, omega, offset)
+def _inverse(w: QuantizedWeight, adapter: TernaryAdapter) -> jax.Array:
+    if adapter.offset == "none":
+        return jnp.zeros((1, 1), jnp.float32)
+    return inverse_rows(w, adapter.omega, adapter.offset)
 
 
 def _thresholds(omega: float) -> list[float]:
@@ -207,35 +157,37 @@ def _thresholds(omega: float) -> list[float]:
     return [float(math.floor(omega)), *[*short_parts(omega), 0.0, 0.0][:3]]
 
 
-def _outputs(
-    w: QuantizedWeight, offset: Offset, offset_dtype: Any, counts: tuple[int, ...] | None, words: bool
-) -> list[jax.ShapeDtypeStruct]:
-    """Shapes of words, mu and counts; what is not asked for is a single number."""
-    mu = (w.groups, w.shape[1]) if words and offset != "none" else (1, 1)
-    return [
+def _tiles(
+    w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *, in_place: bool, count: bool, words: bool
+) -> tuple[tuple[int, int], list[jax.ShapeDtypeStruct], dict[str, Any]]:
+    """What both kernels have in common: their grid; words, mu and counts, a single number where not asked for; and
+    what else a launch is told."""
+    values, _ = period_of(w.bits)
+    offset, dtype = adapter.offset != "none", adapter.offset_dtype
+    grid = (-(-w.shape[1] // blocks.columns), -(-w.shape[0] // (blocks.periods * values)))
+    out = [
         jax.ShapeDtypeStruct(w.qweight.shape if words else (1, 1), jnp.int32),
-        jax.ShapeDtypeStruct(mu, offset_dtype),
-        jax.ShapeDtypeStruct(counts or (1, 1), jnp.int32),
+        jax.ShapeDtypeStruct((w.groups, w.shape[1]) if words and offset else (1, 1), dtype),
+        jax.ShapeDtypeStruct(grid[::-1] if count else (1, 1), jnp.int32),
     ]
-
-
-def _rule(w: QuantizedWeight, rank: int, omega: float, offset: Offset, offset_dtype: Any) -> dict[str, Any]:
-    """What both kernels are told of sizes and settings."""
-    return _sizes(w) | {
-        "rank": rank,
+    settings = _sizes(w) | {
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        "aliases": {0: 0} if in_place else None,
+        "rank": adapter.rank,
         "BITS": w.bits,
-        "VALUES": period_of(w.bits)[0],
-        "RANK": _padded(rank),
-        "OFFSET": offset != "none",
-        "PARTS": len(short_parts(omega)),
-        "DROP": 23 - min(jnp.finfo(offset_dtype).nmant, 22),
-        "FLUSH": jnp.dtype(offset_dtype) == jnp.float16,
+        "VALUES": values,
+        "RANK": padded(adapter.rank),
+        "OFFSET": offset,
+        "PARTS": len(short_parts(adapter.omega)),
+        "DROP": 23 - min(jnp.finfo(dtype).nmant, 22),
+        "FLUSH": jnp.dtype(dtype) == jnp.float16,
+        "COUNT": count,
+        "IN_PLACE": in_place,
+        "BLOCK_P": blocks.periods,
+        "BLOCK_N": blocks.columns,
     }
-
-
-def _padded(rank: int) -> int:
-    """As tensor cores take it."""
-    return max(16, 1 << (rank - 1).bit_length())
+    return grid, out, settings
 
 
 def _sizes(w: QuantizedWeight) -> dict[str, Any]:
@@ -276,7 +228,7 @@ def _rows_of_group(w: QuantizedWeight) -> int:
     """Rows of a group, or 0 with act-order, where they are not consecutive."""
     if w.g_idx is not None:
         return 0
-    return w.shape[0] if w.group_size == -1 else w.group_size
+    return group_length(w.shape[0], w.group_size)
 
 
 def _group_steps(w: QuantizedWeight, new_words: jax.Array) -> jax.Array:

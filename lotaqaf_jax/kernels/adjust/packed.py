@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lotaqaf_jax.kernels.adjust.triton import short_float, without_steps
+from lotaqaf_jax.kernels.adjust.triton import affine, short_float, without_steps
 
 __all__ = ["packed_kernel"]
 
@@ -205,20 +205,16 @@ def packed_kernel(
     if WEIGHT:
         # The condition always holds: it ties scales and zeros to where the products' sums lie.
         s = tl.load(scales_ptr + at, mask=there, other=0.0).to(tl.float32)
-        z = 8388608.0 + tl.load(zeros_ptr + at, mask=there, other=0).to(tl.float32)
+        z = tl.load(zeros_ptr + at, mask=there, other=0).to(tl.float32)
         s, _ = _columns(tl.where(total > -1e30, s, 0.0))
         z, _ = _columns(tl.where(total > -1e30, z, 0.0))
         mu, _ = _columns(mu)
         kind: tl.constexpr = weight_ptr.dtype.element_ty
         for j in tl.static_range(VALUES):
             q = _byte(x0, x1, x2, x3, j * BITS // 8) >> (j * BITS % 8)
-            # 2**23 + q as the bits of a float, from which 2**23 + z is taken, exactly.
-            even = ((q & (2**BITS - 1)) | 0x4B000000).to(tl.float32, bitcast=True) - z
-            odd = (((q >> 16) & (2**BITS - 1)) | 0x4B000000).to(tl.float32, bitcast=True) - z
-            if OFFSET:
-                even += mu
-                odd += mu
-            weight = _together((s * even).to(kind), (s * odd).to(kind))
+            even = affine(q & (2**BITS - 1), z, s, mu, OFFSET)
+            odd = affine((q >> 16) & (2**BITS - 1), z, s, mu, OFFSET)
+            weight = _together(even.to(kind), odd.to(kind))
             row = period * VALUES + j
             at = row.to(tl.int64)[None, :] * N + n[:, None]
             tl.store(weight_ptr + at, weight, mask=(row < K)[None, :] & mask_n[:, None])

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from lotaqaf_jax.kernels.words import neighbours
 
-__all__ = ["dequantize_kernel", "group_steps_kernel", "merge_kernel", "short_float", "without_steps"]
+__all__ = ["affine", "dequantize_kernel", "group_steps_kernel", "merge_kernel", "short_float", "without_steps"]
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def short_float(x, DROP: tl.constexpr, FLUSH: tl.constexpr):
 
 
 @triton.jit
-def _dequantize(q, z, s, mu, OFFSET: tl.constexpr):
+def affine(q, z, s, mu, OFFSET: tl.constexpr):
     """s * ((q - z) + mu) in float32."""
     # 2**23 + q without a conversion, which is slow: q becomes the low bits of the mantissa.
     value = (q | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + z)
@@ -251,6 +251,6 @@ def dequantize_kernel(
             z = tl.load(zeros_ptr + at, mask=mask, other=0).to(tl.float32)
             if OFFSET:
                 mu = tl.load(offset_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        value = _dequantize(_read(w0, w1, w2, j, BITS), z, s, mu, OFFSET)
+        value = affine(_read(w0, w1, w2, j, BITS), z, s, mu, OFFSET)
         at = weight_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(at, value.to(weight_ptr.dtype.element_ty), mask=(row < K)[:, None] & mask_n[None, :])

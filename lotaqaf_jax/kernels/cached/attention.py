@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lotaqaf_jax.kernels.cached import gpu
 from lotaqaf_jax.kernels.choose import choose
 
 __all__ = ["cached_attention", "reference"]
@@ -41,11 +42,8 @@ def cached_attention(
 
     Source: grouped-query attention (arXiv 2305.13245).
     """
-    if choose(implementation) == "triton":
-        from lotaqaf_jax.kernels.cached import gpu
-
-        if gpu.fits(q, keys):
-            return gpu.attention(q, keys, values, valid, layer)
+    if choose(implementation) == "triton" and gpu.fits(q, keys):
+        return gpu.attention(q, keys, values, valid, layer)
     keys, values = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (keys, values))
     return reference(q, keys, values, valid)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lotaqaf_jax.kernels.launch import interpreted, launch
+from lotaqaf_jax.kernels.sizes import padded
 
 __all__ = ["attention", "fits"]
 
@@ -61,7 +62,7 @@ def attention(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array
         SIZE=head_dim,
         SPLIT=split,
         ROUNDS=-(-slots // (_SLOTS * split)),
-        ROWS=max(16, 1 << (shared - 1).bit_length()),  # as tensor cores take it
+        ROWS=padded(shared),
         BLOCK=_SLOTS,
         INTERPRET=interpreted(),
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lotaqaf_jax.kernels.choose import ADA, choose, compute_capability
+from lotaqaf_jax.kernels.float8 import gpu
 
 __all__ = ["float8_weight_gradient", "quantized_columns"]
 
@@ -51,12 +52,7 @@ def quantized_columns(x: jax.Array, dtype: jnp.dtype, implementation: str | None
     """
     # Ampere cannot round to float8, and gains nothing by it.
     triton = choose(implementation) == "triton" and (compute_capability() or ADA) >= ADA
-    if triton:
-        from lotaqaf_jax.kernels.float8 import gpu
-
-        largest = gpu.largest(x)
-    else:
-        largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    largest = gpu.largest(x) if triton else jnp.max(jnp.abs(x)).astype(jnp.float32)
     # The largest s with s * largest <= top, by mantissas in [0.5, 1) and exponents: a logarithm is not exact.
     (mantissa, exponent), (top, top_exponent) = jnp.frexp(largest), math.frexp(float(jnp.finfo(dtype).max))
     exponent = jnp.clip(top_exponent - exponent - (mantissa > top), -100, 60)  # s * t stays finite

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lotaqaf_jax.kernels.gradient.blocks import GradientBlocks, gradient_blocks
 from lotaqaf_jax.kernels.launch import interpreted, launch
+from lotaqaf_jax.kernels.sizes import padded
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import Offset, offset_scale
 
@@ -106,9 +107,9 @@ def right_product(
 
 
 def _sizes(w: QuantizedWeight, rank: int, blocks: GradientBlocks) -> dict[str, Any]:
-    """What both kernels are told of sizes; the rank as tensor cores take it."""
+    """What both kernels are told of sizes."""
     sizes = {"K": w.shape[0], "N": w.shape[1], "GROUP": _group(w), "rank": rank, "INTERPRET": interpreted()}
-    return sizes | {"RANK": max(16, 1 << (rank - 1).bit_length()), "ROWS": blocks.rows, "COLUMNS": blocks.columns}
+    return sizes | {"RANK": padded(rank), "ROWS": blocks.rows, "COLUMNS": blocks.columns}
 
 
 def _group(w: QuantizedWeight) -> int:

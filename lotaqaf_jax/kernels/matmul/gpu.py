@@ -14,7 +14,7 @@ from lotaqaf_jax.kernels.launch import interpreted, launch
 from lotaqaf_jax.kernels.matmul import matmul as plain
 from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, matmul_blocks, period_of
 from lotaqaf_jax.quant.packing import packed_size
-from lotaqaf_jax.quant.weight import QuantizedWeight
+from lotaqaf_jax.quant.weight import QuantizedWeight, group_length
 
 __all__ = ["MOST_WEIGHTS", "fused", "matmul"]
 
@@ -133,7 +133,7 @@ def _arrays(w: QuantizedWeight, bias: jax.Array | None) -> tuple[jax.Array, ...]
 
 
 def _rows_of_group(w: QuantizedWeight) -> int:
-    return w.shape[0] if w.group_size == -1 else w.group_size
+    return group_length(w.shape[0], w.group_size)
 
 
 def _kernels() -> Any:
