@@ -13,7 +13,7 @@ import pytest
 
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
-from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, bucket_of, matmul_blocks
+from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, bucket_of, matmul_blocks, period_of
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.weights import Grid, quantized, random_numbers
@@ -265,9 +265,26 @@ def test_company_does_not_change_the_order_of_a_sum(blocks: MatmulBlocks) -> Non
 
 
 def test_warps_go_by_the_columns_of_a_launch() -> None:
-    several, one = (matmul_blocks(1, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (7168,)))
+    several, one = (matmul_blocks(16, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (7168,)))
     assert several == one
-    assert matmul_blocks(1, 5120, (13824, 13824), 4, 64) != matmul_blocks(1, 5120, (13824,), 4, 64)
+    assert matmul_blocks(16, 5120, (5120, 5120), 4, 64) != matmul_blocks(16, 5120, (5120,), 4, 64)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(13824, 5120), (5120, 5120), (5120, 1024), (28672, 8192), (4096, 4096)])
+def test_a_narrow_weight_shares_k_between_programs_that_fit_at_once(n_in: int, n_out: int) -> None:
+    for bits in (2, 3, 4, 8):
+        blocks = matmul_blocks(1, n_in, (n_out,), bits, 64)
+        assert blocks is not None
+        assert blocks.split > 1
+        assert n_in % (blocks.split * blocks.warps * blocks.steps * 4 * period_of(bits)[0]) == 0
+        assert blocks.split * blocks.warps * n_out / 32 <= 2112
+
+
+def test_wide_and_several_weights_and_odd_sizes_do_not_share_k() -> None:
+    for n_in, widths in ((5120, (13824,)), (5120, (5120, 1024, 1024)), (5120 + 32, (5120,))):
+        blocks = matmul_blocks(1, n_in, widths, 4, 32)
+        assert blocks is not None
+        assert blocks.split == 1
 
 
 def test_every_supported_layout_of_a_model_has_blocks() -> None:

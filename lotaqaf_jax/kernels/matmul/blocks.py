@@ -58,7 +58,8 @@ _TABLE = {
 # Warps that the card holds at once at the registers they take, by the rows of a program, and the warps of a program
 # where there are more programs than that. 132 multiprocessors of 64k registers.
 _RESIDENT = {8: 2112, 16: 2112, 32: 2112, 64: 1056}
-_CROWDED = {8: 8, 16: 4, 32: 4, 64: 4}
+_CROWDED = {8: 4, 16: 4, 32: 4, 64: 4}
+_MOST_PARTS = 8
 
 
 def period_of(bits: int) -> tuple[int, int]:
@@ -74,8 +75,8 @@ def bucket_of(rows: int) -> int | None:
 def matmul_blocks(rows: int, n_in: int, widths: Sequence[int], bits: int, group: int) -> MatmulBlocks | None:
     """The blocks for x (rows, n_in) and every W (n_in, width) of a launch; None where no blocks do.
 
-    ``group`` is the number of rows in a group. Only the number of warps depends on ``widths``, by the blocks of columns
-    of all weights together: what is resident at once does not ask whose columns a program works on.
+    ``group`` is the number of rows in a group. Only how k is shared depends on ``widths``, by the blocks of columns of
+    all weights together: what is resident at once does not ask whose columns a program works on.
     A round of a warp must lie in one group, or a step must hold whole groups of whole periods.
     """
     bucket = bucket_of(rows)
@@ -91,7 +92,27 @@ def matmul_blocks(rows: int, n_in: int, widths: Sequence[int], bits: int, group:
         blocks = dataclasses.replace(blocks, steps=longer, ahead=1, x_ahead=0, unroll=1)
     while blocks.steps > 1 and group < n_in and group % (blocks.steps * depth):
         blocks = dataclasses.replace(blocks, steps=blocks.steps // 2)
+    if bucket == 8 and len(widths) == 1:
+        blocks = _shared(blocks, depth, n_in, widths[0])
+        if blocks.split > 1:
+            return blocks
     return dataclasses.replace(blocks, warps=_warps(blocks, depth, n_in, widths))
+
+
+def _shared(blocks: MatmulBlocks, depth: int, n_in: int, n_out: int) -> MatmulBlocks:
+    """k shared between as many programs of two warps as are resident at once, if their rounds come out even.
+
+    For a weight of its own that is too narrow to fill the card with programs of four warps: 160 larger ones on 132
+    multiprocessors take the time of two in a row. XLA makes the sum of the parts, a few float32 rows, part of what
+    comes next; for several weights it would be several sums.
+    """
+    columns, resident = -(-n_out // (32 * blocks.tiles)), _RESIDENT[blocks.rows]
+    most = min(_MOST_PARTS, resident // (2 * columns)) if 4 * columns < 0.8 * resident else 1
+    for split in range(most, 1, -1):
+        rounds, rest = divmod(n_in, depth * blocks.steps * 2 * split)
+        if rest == 0 and rounds >= 4:
+            return dataclasses.replace(blocks, warps=2, split=split)
+    return blocks
 
 
 def _warps(blocks: MatmulBlocks, depth: int, n_in: int, widths: Sequence[int]) -> int:
