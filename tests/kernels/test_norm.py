@@ -17,7 +17,7 @@ import lotaqaf_jax.kernels.matmul.gpu as matmul
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels import choose
 from lotaqaf_jax.kernels.matmul import packed_matmul_many
-from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks
+from lotaqaf_jax.kernels.matmul.blocks import matmul_blocks
 from lotaqaf_jax.kernels.norm import add_norm, gpu, rms_norm
 from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.models.tiny import CONFIG, quantized_decoder, tokens
@@ -40,6 +40,12 @@ def example(seed: int, rows: tuple[int, ...], size: int, parts: int, dtype: Any)
     if parts:
         update = numbers(seed + 1, parts, *rows, size, dtype=jnp.float32)
     return x, update, numbers(seed + 2, LAYERS, size, dtype=jnp.float16)
+
+
+def in_two_parts(*shape: Any) -> Any:
+    """The blocks of a packed matmul whose programs share k in pairs."""
+    blocks = matmul_blocks(*shape)
+    return blocks and dataclasses.replace(blocks, split=2)
 
 
 def one_by_one(x: jax.Array, update: jax.Array) -> jax.Array:
@@ -94,7 +100,7 @@ def test_without_rounding_in_the_mean_it_is_plain_jax_bit_for_bit(implementation
 def test_parts_of_a_product_give_what_the_whole_product_gives(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "matmul_blocks", lambda *_: MatmulBlocks(8, 1, warps=2, split=2))
+    monkeypatch.setattr(matmul, "matmul_blocks", in_two_parts)
     grid = Grid(4, 256, 64, 32)
     w = quantized(random_numbers(np.random.default_rng(0), grid), grid)
     x, stream = numbers(1, 3, 256, dtype=jnp.bfloat16), numbers(2, 3, 64, dtype=jnp.bfloat16)
@@ -134,7 +140,7 @@ def test_decoding_hands_parts_to_the_norm_and_gives_what_plain_jax_gives(monkeyp
     kernel = gpu.add_norm
     monkeypatch.setattr(gpu, "add_norm", record)
     monkeypatch.setattr(choose, "_default", lambda _: "triton")
-    monkeypatch.setattr(matmul, "matmul_blocks", lambda *_: MatmulBlocks(8, 1, warps=2, split=2))
+    monkeypatch.setattr(matmul, "matmul_blocks", in_two_parts)
     found = decode()
     assert parts == [0, 2]  # of o_proj, which has a bias, and of down_proj, in a loop that is traced once
     np.testing.assert_allclose(found, plain, atol=2e-2)
