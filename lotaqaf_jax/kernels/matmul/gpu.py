@@ -25,19 +25,26 @@ Biases = Sequence[jax.Array | None]
 
 
 def matmul(
-    x: jax.Array, weights: Sequence[QuantizedWeight], biases: Biases, layer: jax.Array | int | None
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight],
+    biases: Biases,
+    layer: jax.Array | int | None,
+    whole: bool = True,
 ) -> tuple[jax.Array, ...]:
-    """x @ W + bias for every weight, or for one layer of every stack; in one launch where they are alike."""
+    """x @ W + bias for every weight, or for one layer of every stack; in one launch where they are alike.
+
+    Without ``whole``, and without a bias, a product that programs share stays in its parts, (parts, rows, out) float32.
+    """
     kinds = {_kind(w, bias) for w, bias in zip(weights, biases, strict=True)}
     if len(kinds) > 1 or len(weights) > MOST_WEIGHTS:
-        return tuple(matmul(x, (w,), (bias,), layer)[0] for w, bias in zip(weights, biases, strict=True))
+        return tuple(matmul(x, (w,), (bias,), layer, whole)[0] for w, bias in zip(weights, biases, strict=True))
     w = weights[0]
     blocks = None
     # A float32 x wants q - z + mu to more than the 16 bits of the kernel's operand.
     if w.g_idx is None and not (x.dtype == jnp.float32 and w.offset is not None):
         blocks = matmul_blocks(x.shape[0], w.shape[0], [w.shape[1] for w in weights], w.bits, _rows_of_group(w))
     if blocks is not None:
-        return fused(x, weights, biases, layer, blocks)
+        return fused(x, weights, biases, layer, blocks, whole)
     layers = [plain.layer_of(w, bias, layer) for w, bias in zip(weights, biases, strict=True)]
     return tuple(plain.matmul(x, dequantized(w, x.dtype), bias) for w, bias in layers)
 
@@ -48,6 +55,7 @@ def fused(
     biases: Biases,
     layer: jax.Array | int | None,
     blocks: MatmulBlocks,
+    whole: bool = True,
 ) -> tuple[jax.Array, ...]:
     """The same for weights that are alike, straight from the packed words, in programs of the size ``blocks`` says.
 
@@ -109,7 +117,9 @@ def fused(
         AHEAD=blocks.ahead,
     )
     ys = ys[: len(weights)]
-    return tuple(_whole(y, bias, layer, x.dtype) for y, bias in zip(ys, biases, strict=True)) if split else tuple(ys)
+    if not split or not (whole or biases[0] is not None):
+        return tuple(ys)
+    return tuple(_whole(y, bias, layer, x.dtype) for y, bias in zip(ys, biases, strict=True))
 
 
 def _whole(y: jax.Array, bias: jax.Array | None, layer: jax.Array | int | None, dtype: Any) -> jax.Array:
