@@ -103,11 +103,7 @@ class Linear(nnx.Module):
         elif layer is None or self.ternary is not None:
             y = quantized_linear(x, _at(self.packed, layer), _at(self.ternary, layer))
         else:
-            (y,) = _packed_products(x, [self.packed], layer)
-        return self.plus_bias(y, layer)
-
-    def plus_bias(self, y: jax.Array, layer: jax.Array | None) -> jax.Array:
-        """(..., out) -> (..., out): a product, rounded to its type before, plus the bias; arguments as of a call."""
+            return _packed_products(x, [self], layer)[0]
         return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
 
 
@@ -124,14 +120,15 @@ def products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array | None) -
     """
     if layer is None or any(not linear.is_quantized or linear.ternary is not None for linear in linears):
         return [linear(x, layer) for linear in linears]
-    ys = _packed_products(x, [linear.packed for linear in linears], layer)
-    return [linear.plus_bias(y, layer) for linear, y in zip(linears, ys, strict=True)]
+    return _packed_products(x, linears, layer)
 
 
-def _packed_products(x: jax.Array, weights: Sequence[QuantizedWeight], layer: jax.Array) -> list[jax.Array]:
-    """x @ W, (..., out), for one layer of every stack."""
-    rows = x.reshape(-1, x.shape[-1])
-    return [y.reshape(*x.shape[:-1], -1) for y in packed_matmul_many(rows, weights, layer=layer)]
+def _packed_products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array) -> list[jax.Array]:
+    """x @ W + bias, (..., out), for one layer of every stack, rounded as in :class:`Linear`."""
+    weights = [linear.packed for linear in linears]
+    biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
+    ys = packed_matmul_many(x.reshape(-1, x.shape[-1]), weights, biases, layer=layer)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
 @jax.custom_vjp
