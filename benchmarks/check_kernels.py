@@ -1,17 +1,19 @@
-"""Run every kernel that reads packed words, and those of the gradients, over widths, groups, orders and odd sizes.
+"""Run every kernel: over widths, groups, orders and odd sizes, attention over a cache over heads, rows and slots.
 
     python benchmarks/check_kernels.py [--jobs 4]
 
 One line a case. Weights and merged words must equal the plain JAX implementation bit for bit, products of one weight
 in two places of a launch each other. Gradients and products are compared with plain JAX, or with float64, by relative
-error (norm of the difference over the norm). A residual sum must equal plain JAX's bit for bit, its norm the float64 one
-but for two roundings. Exit status 1 if a case fails. Not among them: float8, and attention over a cache.
+error (norm of the difference over the norm). A residual sum, numbers rounded to float8, and caches that attention has
+written to, must equal plain JAX bit for bit; a norm is float64's but for two roundings, and what attention gathers is
+compared with float64. Exit status 1 if a case fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -29,9 +31,12 @@ import numpy as np
 from common import environment, relative_error
 
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
-from lotaqaf_jax.kernels.choose import choose, missing_for_triton
+from lotaqaf_jax.kernels.cached import cached_attention
+from lotaqaf_jax.kernels.choose import ADA, choose, compute_capability, missing_for_triton
+from lotaqaf_jax.kernels.float8.product import quantized_columns
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
 from lotaqaf_jax.kernels.norm import add_norm
+from lotaqaf_jax.kernels.rope import apply_rope
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
@@ -45,15 +50,23 @@ GRIDS = (
 )
 RULES = (("reference", jnp.float32), ("paper", jnp.bfloat16), ("reference", jnp.float16), ("none", jnp.float32))
 RANKS = ((64, 14.0), (24, 4.3), (128, 20.5))
-TOLERANCE = {"gradients": 5e-3, "product": 4e-3}
+TOLERANCE = {"gradients": 5e-3, "product": 4e-3, "bfloat16": 6e-3, "float16": 1e-3}
 # Rows, size, parts of the update (0: whole) and type.
 NORMS = tuple(itertools.product((1, 64, 128), (100, 896, 5120, 16384), (0, 2, 4), ("bfloat16", "float16")))
+DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# (heads, kv_heads), (rows, slots), the type of everything, head_dim.
+_SIZES = tuple(
+    itertools.product(((40, 8), (32, 8), (4, 1)), ((1, 64), (1, 300), (1, 1000), (3, 300), (3, 1000), (64, 300)))
+)
+ATTENTION = tuple((*size, kind, head_dim) for size in _SIZES for kind, head_dim in (("bfloat16", 128), ("float16", 64)))
+# (rows, columns) and type.
+FLOAT8 = tuple(itertools.product(((8192, 5120), (300, 41), (64, 16)), (jnp.float8_e4m3fn, jnp.float8_e5m2)))
 
 
 def outputs(implementation: str) -> Any:
     """All that one implementation makes of a weight and its adapters, in one program."""
 
-    def run(w: Any, adapter: TernaryAdapter, x: jax.Array, dy: jax.Array) -> dict[str, Any]:
+    def run(w: Any, adapter: TernaryAdapter, x: jax.Array, dy: jax.Array, bias: jax.Array) -> dict[str, Any]:
         merged = merge_adapter(w, adapter, implementation)
         floats = dataclasses.replace(adapter, a=adapter.a.astype(jnp.float32), b=adapter.b.astype(jnp.float32))
         _, pull = jax.vjp(lambda x, t: quantized_linear(x, w, t, implementation=implementation), x, floats)
@@ -66,6 +79,7 @@ def outputs(implementation: str) -> Any:
             "mu": merged.offset,
             "gradients": (dx, dadapter.a, dadapter.b),
             "product": [packed_matmul(x[:rows], merged, implementation=implementation) for rows in (1, 16, 64)],
+            "biased": packed_matmul(x[:1], merged, bias, implementation=implementation),
             "together": packed_matmul_many(x[:1], (merged, half(merged), merged), implementation=implementation),
         }
 
@@ -89,15 +103,16 @@ def check(number: int) -> tuple[bool, str]:
     adapter = TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, offset, jnp.dtype(dtype))
     x = jnp.asarray(rng.normal(size=(64, grid.n_in)), jnp.bfloat16)
     dy = jnp.asarray(rng.normal(size=(64, grid.n_out)), jnp.bfloat16)
-    truth, found = (jax.device_get(outputs(one)(w, adapter, x, dy)) for one in ("xla", "triton"))
+    bias = np.asarray(rng.normal(size=grid.n_out), jnp.bfloat16)
+    truth, found = (jax.device_get(outputs(one)(w, adapter, x, dy, bias)) for one in ("xla", "triton"))
     wrong = [key for key in ("float32", "bfloat16", "words", "mu") if not _equal(found[key], truth[key])]
     wrong += ["merged"] if not _equal(found["merged"], found["bfloat16"]) else []
     exact = np.asarray(x, np.float64) @ np.asarray(truth["float32"], np.float64)
     errors = {
         "gradients": relative_error(found["gradients"], truth["gradients"]),
         "product": relative_error(
-            [*found["product"], *found["together"][:2]],
-            [*(exact[:rows] for rows in (1, 16, 64)), exact[:1], exact[:1, : grid.n_out // 2]],
+            [*found["product"], *found["together"][:2], found["biased"]],
+            [*(exact[:rows] for rows in (1, 16, 64)), exact[:1], exact[:1, : grid.n_out // 2], exact[:1] + bias],
         ),
     }
     # The first and the third of the weights in one launch are the same.
@@ -127,6 +142,53 @@ def check_norm(number: int) -> tuple[bool, str]:
     return not wrong, f"{name:60} {error:.2f} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
 
 
+def check_attention(number: int) -> tuple[bool, str]:
+    """:func:`check` of attention over a cache; a third of the slots is empty, and half of those of every other row."""
+    (heads, kv_heads), (rows, slots), kind, head_dim = ATTENTION[number]
+    rng = np.random.default_rng(number)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), DTYPES[kind])
+
+    q, k, v = (normal(rows, 1, n, head_dim) for n in (heads, kv_heads, kv_heads))
+    keys, values = (normal(2, rows, kv_heads, slots, head_dim) for _ in range(2))
+    angles = jnp.asarray(1000 * rng.random((rows, 1, 1, head_dim // 2)), jnp.float32)
+    rope, layer, slot = (jnp.cos(angles), jnp.sin(angles)), 1, int(rng.integers(slots))
+    valid = np.broadcast_to(np.arange(slots) % 3 > 0, (rows, slots)).copy()
+    valid[1::2, slots // 2 :] = False
+    valid[:, slot] = True
+    # Plain JAX op by op: within a program XLA contracts the rotation into operations that round otherwise.
+    truth = cached_attention(q, k, v, rope, keys, values, jnp.asarray(valid), layer, slot, implementation="xla")
+    exact = _attention(*jax.device_get((apply_rope(q, *rope), truth[1][layer], truth[2][layer])), valid)
+    run = jax.jit(functools.partial(cached_attention, implementation="triton"), donate_argnums=(4, 5))
+    found = run(q, k, v, rope, keys, values, jnp.asarray(valid), jnp.int32(layer), jnp.int32(slot))
+    error = relative_error(found[0], exact)
+    wrong = [name for i, name in ((1, "keys"), (2, "values")) if not _equal(found[i], truth[i])]
+    wrong += [] if error <= TOLERANCE[kind] else ["attention"]
+    name = f"attention {heads}/{kv_heads} heads of {head_dim}, {rows} rows, {slots} slots, {kind}"
+    return not wrong, f"{name:62} error {error:.1e} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+
+
+def _attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """In float64: q (rows, 1, heads, head_dim), rotated, over one layer's (rows, kv_heads, slots, head_dim)."""
+    rows, _, _, head_dim = q.shape
+    grouped = q.astype(np.float64).reshape(rows, keys.shape[1], -1, head_dim)
+    scores = grouped @ keys.astype(np.float64).swapaxes(2, 3) / np.sqrt(head_dim)
+    scores = np.where(valid[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True) @ values.astype(np.float64)).reshape(q.shape)
+
+
+def check_float8(number: int) -> tuple[bool, str]:
+    """:func:`check` of the largest value of a matrix, in its scale, and of the matrix rounded and transposed."""
+    (rows, columns), dtype = FLOAT8[number]
+    x = jnp.asarray(np.random.default_rng(number).normal(size=(rows, columns)), jnp.bfloat16)
+    (one, scale), (other, expected) = (jax.device_get(quantized_columns(x, dtype, i)) for i in ("triton", "xla"))
+    wrong = [name for name, equal in (("scale", scale == expected), ("columns", _equal(one, other))) if not equal]
+    name = f"float8 {rows}x{columns} {jnp.dtype(dtype).name}"
+    return not wrong, f"{name:76} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+
+
 def main() -> None:
     """Run all cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -135,9 +197,11 @@ def main() -> None:
     if missing := missing_for_triton():
         sys.exit(f"no Triton kernels to check: {missing}")
     print(f"{environment()}, implementation {choose()}")
+    float8 = FLOAT8 if (compute_capability() or ADA) >= ADA else ()  # Ampere has none
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for one, cases in ((check, GRIDS), (check_norm, NORMS)):
+        kinds = (check, GRIDS), (check_norm, NORMS), (check_attention, ATTENTION), (check_float8, float8)
+        for one, cases in kinds:
             for passed, line in pool.map(one, range(len(cases))):
                 results.append(passed)
                 print(line, flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lotaqaf_jax.kernels.cached import cached_attention
+from lotaqaf_jax.kernels.cached import cached_attention, write
 
 __all__ = ["KVCache"]
 
@@ -32,24 +32,20 @@ class KVCache:
         shape = (layers, batch, kv_heads, slots, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def write(self, layer: jax.Array, slot: jax.Array | int, k: jax.Array, v: jax.Array) -> KVCache:
-        """The cache with ``k`` and ``v`` of one layer in the slots from ``slot`` on, the same slots in every row.
+    def write(self, k: jax.Array, v: jax.Array, layer: jax.Array, slot: jax.Array | int) -> KVCache:
+        """The cache with rotated ``k``, and ``v``, (batch, length, kv_heads, head_dim), in the slots from ``slot``."""
+        return KVCache(write(self.keys, k, layer, slot), write(self.values, v, layer, slot))
 
-        One slice for all rows: of the forms an update can take, the one that compilers carry out in place.
-
-        Args:
-            layer: () int32.
-            slot: () int32.
-            k: (batch, length, kv_heads, head_dim).
-            v: likewise.
-        """
-
-        def put(held: jax.Array, new: jax.Array) -> jax.Array:
-            new = jnp.swapaxes(new, 1, 2)[None].astype(held.dtype)
-            return jax.lax.dynamic_update_slice(held, new, (layer, 0, 0, slot, 0))
-
-        return KVCache(put(self.keys, k), put(self.values, v))
-
-    def attend(self, q: jax.Array, valid: jax.Array, layer: jax.Array) -> jax.Array:
-        """What queries (batch, length, heads, head_dim) gather from one layer: :func:`cached_attention`."""
-        return cached_attention(q, self.keys, self.values, valid, layer)
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        valid: jax.Array,
+        layer: jax.Array,
+        slot: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache]:
+        """What queries gather from one layer, and the cache with k and v in it: :func:`cached_attention`."""
+        mixed, *held = cached_attention(q, k, v, rope, self.keys, self.values, valid, layer, slot)
+        return mixed, KVCache(*held)

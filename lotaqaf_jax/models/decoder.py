@@ -13,17 +13,22 @@ from flax import nnx
 
 from lotaqaf_jax.kernels import TernaryAdapter, keep_products
 from lotaqaf_jax.kernels.attention import causal_attention
+from lotaqaf_jax.kernels.rope import apply_rope
 from lotaqaf_jax.models.cache import KVCache
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, products, wide_logits
-from lotaqaf_jax.models.rope import apply_rope, rope_angles
+from lotaqaf_jax.models.rope import rope_angles
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec
 
-__all__ = ["Attend", "Attention", "Block", "Decoder", "Mlp", "Recompute", "attention_mask", "causal"]
+__all__ = ["Attend", "Attention", "Block", "Decoder", "Mlp", "Recompute", "Rope", "attention_mask", "causal"]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""How queries meet keys and values: (q, k, v), each (batch, length, heads or kv_heads, head_dim), q and k rotated, ->
-(what the queries gather, in the shape of q; whatever is to be kept, such as a cache that has taken in k and v)."""
+"""How queries meet keys and values: (q, k, v), each (batch, length, heads or kv_heads, head_dim), not yet rotated, ->
+(what the queries gather, in the shape of q; whatever is to be kept, such as a cache that has taken in k and v). Rotary
+embedding is its part, since decoding does all of it in one kernel."""
+
+Rope = tuple[jax.Array, jax.Array]
+"""Cosine and sine of :func:`lotaqaf_jax.models.rope.rope_angles`, each (batch, length, 1, head_dim/2)."""
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:
@@ -38,11 +43,17 @@ def attention_mask(segment_ids: jax.Array) -> jax.Array:
     return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
 
-def causal(mask: jax.Array | None = None) -> Attend:
-    """Every token attends to itself and to earlier ones where ``mask``, (batch, 1, length, length) bool, allows it."""
+def causal(rope: Rope, mask: jax.Array | None = None) -> Attend:
+    """Every token attends to itself and to earlier ones where ``mask``, (batch, 1, length, length) bool, allows it.
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return causal_attention(q, k, v, mask), None
+        softmax(rope(q) rope(k)^T / sqrt(head_dim) + mask) v
+
+    What it keeps is (rope(k), v).
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        k = apply_rope(k, *rope)
+        return causal_attention(apply_rope(q, *rope), k, v, mask), (k, v)
 
     return attend
 
@@ -76,17 +87,14 @@ class Attention(nnx.Module):
         self.heads = config.num_attention_heads
         self.head_dim = config.head_dim
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, attend: Attend, layer: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """(batch, length, hidden) -> what is added to the stream, and what ``attend`` keeps.
 
-            softmax(rope(q) rope(k)^T / sqrt(head_dim) + mask) v, every kv head shared by heads/kv_heads queries
+            o_proj(attend(q_proj(x), k_proj(x), v_proj(x))), every kv head shared by heads/kv_heads queries
 
         Args:
             x: (batch, length, hidden).
-            rope: cosine and sine, (batch, length, 1, head_dim/2).
-            attend: the softmax and its mask: :func:`causal`, or attention over a cache.
+            attend: rotary embedding, the softmax and its mask: :func:`causal`, or attention over a cache.
             layer: () int32, which layer of stacked arrays; None where they are one layer's.
 
         Returns:
@@ -97,7 +105,7 @@ class Attention(nnx.Module):
             y.reshape(batch, length, -1, self.head_dim)
             for y in products(x, (self.q_proj, self.k_proj, self.v_proj), layer)
         )
-        mixed, kept = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        mixed, kept = attend(q, k, v)
         return self.o_proj.summand(mixed.reshape(batch, length, self.heads * self.head_dim), layer), kept
 
 
@@ -130,40 +138,34 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, norm_dtype, stack)
         self.mlp = Mlp(linears, stack)
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         """(batch, length, hidden) -> (batch, length, hidden), and what ``attend`` keeps; as :class:`Attention`."""
-        x, update, kept = self._halves(x, self.input_layernorm(x), rope, attend)
+        x, update, kept = self._halves(x, self.input_layernorm(x), attend)
         return x + update, kept
 
     def layer_of_stack(
-        self, x: jax.Array, normed: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array
+        self, x: jax.Array, normed: jax.Array, attend: Attend, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any]:
         """One layer out of stacked arrays, and the first norm of the next, which one kernel adds and computes.
 
         Args:
             x: (batch, length, hidden).
             normed: x after the layer's first norm.
-            rope: as in :class:`Attention`.
-            attend: likewise.
+            attend: as in :class:`Attention`.
             layer: () int32.
 
         Returns:
             The next layer's x and normed, (batch, length, hidden) both, and what ``attend`` keeps. The normed of a
             layer beyond the last is for nobody.
         """
-        x, update, kept = self._halves(x, normed, rope, attend, layer)
+        x, update, kept = self._halves(x, normed, attend, layer)
         return *self.input_layernorm.after_sum(x, update, layer + 1), kept
 
     def _halves(
-        self,
-        x: jax.Array,
-        normed: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        attend: Attend,
-        layer: jax.Array | None = None,
+        self, x: jax.Array, normed: jax.Array, attend: Attend, layer: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Any]:
         """x after attention, what the MLP adds to it, and what ``attend`` keeps."""
-        mixed, kept = self.self_attn(normed, rope, attend, layer)
+        mixed, kept = self.self_attn(normed, attend, layer)
         x, normed = self.post_attention_layernorm.after_sum(x, mixed, layer)
         return x, self.mlp(normed, layer), kept
 
@@ -215,7 +217,7 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         rope = rope_angles(positions, self.config)
-        attend = causal(None if segment_ids is None else attention_mask(segment_ids))
+        attend = causal(rope, None if segment_ids is None else attention_mask(segment_ids))
         x = self.embed_tokens(input_ids, self.dtype)
         for segment in self.segments:
             graph, stacked = nnx.split(segment)
@@ -223,7 +225,7 @@ class Decoder(nnx.Module):
                 stacked = _keep_weights(stacked)
 
             def block(x: jax.Array, layer: nnx.State, graph: nnx.GraphDef = graph) -> tuple[jax.Array, None]:
-                return nnx.merge(graph, layer)(x, rope, attend)
+                return nnx.merge(graph, layer)(x, attend)[0], None
 
             x, _ = jax.lax.scan(_recomputing(block, recompute), x, stacked)
         return self.norm(x)
@@ -272,11 +274,12 @@ class Decoder(nnx.Module):
                 x, normed, cache = carry
 
                 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
-                    kept = cache.write(layer, slot, k, v)
-                    mixed = causal()(q, k, v)[0] if marks is None else kept.attend(q, marks, layer)
-                    return mixed, kept
+                    if marks is not None:
+                        return cache.attend(q, k, v, rope, marks, layer, slot)
+                    mixed, (k, v) = causal(rope)(q, k, v)
+                    return mixed, cache.write(k, v, layer, slot)
 
-                return segment.layer_of_stack(x, normed, rope, attend, layer)
+                return segment.layer_of_stack(x, normed, attend, layer)
 
             normed = segment.input_layernorm(x, jnp.int32(0))
             x, _, cache = jax.lax.fori_loop(0, cache.keys.shape[0], block, (x, normed, cache))

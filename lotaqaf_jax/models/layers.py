@@ -104,8 +104,8 @@ class Linear(nnx.Module):
         elif layer is None or self.ternary is not None:
             y = quantized_linear(x, _at(self.packed, layer), _at(self.ternary, layer))
         else:
-            (y,) = _packed_products(x, [self.packed], layer)
-        return self.plus_bias(y, layer)
+            return _packed_products(x, [self], layer)[0]
+        return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
 
     def summand(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """What :meth:`RMSNorm.after_sum` adds: the product, which the kernel may leave to it in parts.
@@ -117,13 +117,9 @@ class Linear(nnx.Module):
         Returns:
             (..., out) in the type of ``x``, as a call; or (parts, ..., out) float32 if their sum, rounded, is that.
         """
-        if layer is None or not self.is_quantized or self.ternary is not None or self.bias is not None:
+        if layer is None or not self.is_quantized or self.ternary is not None:
             return self(x, layer)
-        return _packed_products(x, [self.packed], layer, whole=False)[0]
-
-    def plus_bias(self, y: jax.Array, layer: jax.Array | None) -> jax.Array:
-        """(..., out) -> (..., out): a product, rounded to its type before, plus the bias; arguments as of a call."""
-        return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
+        return _packed_products(x, [self], layer, whole=False)[0]
 
 
 def products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array | None) -> list[jax.Array]:
@@ -139,15 +135,17 @@ def products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array | None) -
     """
     if layer is None or any(not linear.is_quantized or linear.ternary is not None for linear in linears):
         return [linear(x, layer) for linear in linears]
-    ys = _packed_products(x, [linear.packed for linear in linears], layer)
-    return [linear.plus_bias(y, layer) for linear, y in zip(linears, ys, strict=True)]
+    return _packed_products(x, linears, layer)
 
 
-def _packed_products(
-    x: jax.Array, weights: Sequence[QuantizedWeight], layer: jax.Array, whole: bool = True
-) -> list[jax.Array]:
-    """x @ W, (..., out), for one layer of every stack; without ``whole`` perhaps (parts, ..., out)."""
-    ys = packed_matmul_many(x.reshape(-1, x.shape[-1]), weights, layer=layer, whole=whole)
+def _packed_products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array, whole: bool = True) -> list[jax.Array]:
+    """x @ W + bias, (..., out), for one layer of every stack, rounded as in :class:`Linear`.
+
+    Without ``whole`` perhaps (parts, ..., out), see :func:`.packed_matmul_many`.
+    """
+    weights = [linear.packed for linear in linears]
+    biases = [None if linear.bias is None else linear.bias.get_value() for linear in linears]
+    ys = packed_matmul_many(x.reshape(-1, x.shape[-1]), weights, biases, layer=layer, whole=whole)
     return [y.reshape(*y.shape[:-2], *x.shape[:-1], -1) for y in ys]
 
 

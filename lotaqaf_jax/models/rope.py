@@ -1,4 +1,4 @@
-"""Rotary position embedding, in the half-split convention of Hugging Face checkpoints."""
+"""Angles of the rotary position embedding; :mod:`lotaqaf_jax.kernels.rope` rotates by them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lotaqaf_jax.models.config import DecoderConfig
 
-__all__ = ["apply_rope", "inverse_frequencies", "rope_angles"]
+__all__ = ["inverse_frequencies", "rope_angles"]
 
 
 def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -41,19 +41,3 @@ def rope_angles(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array,
     """Cosine and sine of position * frequency: (batch, length) -> two (batch, length, 1, head_dim/2) float32."""
     angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate each pair (x_i, x_{i + head_dim/2}) by its angle.
-
-    Args:
-        x: (batch, length, heads, head_dim).
-        cos: (batch, length, 1, head_dim/2) float32.
-        sin: likewise.
-
-    Returns:
-        The shape and type of ``x``; computed in float32.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -113,6 +113,24 @@ def test_matmul(run: Callable[..., dict[str, Any]]) -> None:
     )
 
 
+def test_the_check_of_attention_tells_of_another_cache(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = load("check_kernels")
+    monkeypatch.setattr(checks, "ATTENTION", (((4, 2), (3, 70), "float16", 16),))
+    passed, line = checks.check_attention(0)
+    assert passed
+    assert line.endswith("ok")
+    original = checks.cached_attention
+
+    def elsewhere(*arguments: Any, implementation: str) -> tuple[Any, ...]:
+        mixed, keys, values = original(*arguments, implementation=implementation)
+        return mixed, keys, values + (implementation == "triton")
+
+    monkeypatch.setattr(checks, "cached_attention", elsewhere)
+    passed, line = checks.check_attention(0)
+    assert not passed
+    assert line.endswith("FAILED values")
+
+
 def test_tune_marks_the_entry_in_use_and_names_what_fails(
     run: Callable[..., dict[str, Any]], load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,7 +230,7 @@ def test_the_cache_exists_once() -> None:
 def test_a_write_changes_its_slots_alone() -> None:
     cache = KVCache.empty(3, 2, 2, 6, 4, jnp.bfloat16)
     new = jnp.arange(2 * 2 * 2 * 4, dtype=jnp.float32).reshape(2, 2, 2, 4) + 1
-    written = cache.write(jnp.int32(1), 3, new, -new)
+    written = cache.write(new, -new, jnp.int32(1), 3)
     keys, values = written.keys[1], written.values[1]
     assert written.keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(keys[:, :, 3:5], jnp.swapaxes(new, 1, 2))

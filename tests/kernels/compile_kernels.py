@@ -82,8 +82,9 @@ def main() -> None:
             for rows, weights in ((1, [w]), (64, [w]), (1, [w, narrow, narrow])):
                 matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
     for batch, slots in ((64, 128), (1, 2048)):
-        q, stack = jnp.zeros((batch, 1, 40, 128), jnp.bfloat16), jnp.zeros((1, batch, 8, slots, 128), jnp.bfloat16)
-        cached.attention(q, stack, stack, jnp.ones((batch, slots), bool), 0)
+        q, k = (jnp.zeros((batch, 1, n, 128), jnp.bfloat16) for n in (40, 8))
+        angles, stack = jnp.zeros((batch, 1, 1, 64)), jnp.zeros((1, batch, 8, slots, 128), jnp.bfloat16)
+        cached.attention(q, k, k, (angles, angles), stack, stack, jnp.ones((batch, slots), bool), 0, 0)
     for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
         float8.transposed(x := jnp.zeros((128, 64), jnp.bfloat16), float8.largest(x), dtype)
     for size, parts in ((5120, 0), (100, 2)):

@@ -8,6 +8,9 @@ import pytest
 
 _MISSING = [name for name in ("triton", "torch") if importlib.util.find_spec(name) is None]
 
+TRITON = not _MISSING
+"""Whether Triton's interpreter can run."""
+
 IMPLEMENTATIONS = [
     "xla",
     pytest.param(

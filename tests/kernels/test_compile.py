@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 KERNELS = {
+    "attention_kernel",
     "merge_kernel",
     "packed_kernel",
     "group_steps_kernel",

@@ -62,9 +62,9 @@ def test_decoding_reads_q_k_and_v_together_and_gate_and_up(monkeypatch: pytest.M
     made: list[list[int]] = []
     many = layers.packed_matmul_many
 
-    def record(x: jax.Array, weights: Sequence[Any], **rest: Any) -> tuple[jax.Array, ...]:
+    def record(x: jax.Array, weights: Sequence[Any], *rest: Any, **names: Any) -> tuple[jax.Array, ...]:
         made.append([w.shape[1] for w in weights])
-        return many(x, weights, **rest)
+        return many(x, weights, *rest, **names)
 
     monkeypatch.setattr(layers, "packed_matmul_many", record)
 

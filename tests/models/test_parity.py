@@ -154,10 +154,10 @@ def test_part_by_part(pair: tuple[Any, Decoder, Path]) -> None:
     rope = rope_angles(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), ours.config)
     parts: dict[str, Callable[[jax.Array], jax.Array]] = {
         "input_layernorm": layer.input_layernorm,
-        "self_attn": lambda x: layer.self_attn(x, rope, causal())[0],
+        "self_attn": lambda x: layer.self_attn(x, causal(rope))[0],
         "post_attention_layernorm": layer.post_attention_layernorm,
         "mlp": layer.mlp,
-        "block": lambda x: layer(x, rope, causal())[0],
+        "block": lambda x: layer(x, causal(rope))[0],
         "norm": ours.norm,
     }
     assert set(seen) == set(parts)

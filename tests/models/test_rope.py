@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lotaqaf_jax.kernels.rope import apply_rope
 from lotaqaf_jax.models import DecoderConfig
 from lotaqaf_jax.models.config import Llama3Rope
-from lotaqaf_jax.models.rope import apply_rope, inverse_frequencies, rope_angles
+from lotaqaf_jax.models.rope import inverse_frequencies, rope_angles
 
 CONFIG = DecoderConfig.from_hf(
     {

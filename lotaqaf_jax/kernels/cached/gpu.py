@@ -11,7 +11,9 @@ from lotaqaf_jax.kernels.sizes import padded
 __all__ = ["attention", "fits"]
 
 _SLOTS = 64  # of a round
-_ROUNDS = 4  # at least, before slots are shared between programs
+# At least, before slots are shared between programs. Putting parts together is more kernels, which take about 5 us; a
+# round takes about 1 us at most, so that two parts of four rounds may well be slower than one of eight. Not timed yet.
+_ROUNDS = 4
 _PROGRAMS = 264  # that keep an H200 busy
 _MOST_HEADS = 64
 
@@ -23,7 +25,17 @@ def fits(q: jax.Array, keys: jax.Array) -> bool:
     return q.shape[1] == 1 and sizes and q.dtype == keys.dtype and q.dtype in (jnp.bfloat16, jnp.float16)
 
 
-def attention(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array, layer: jax.Array | int) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    keys: jax.Array,
+    values: jax.Array,
+    valid: jax.Array,
+    layer: jax.Array | int,
+    slot: jax.Array | int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """:func:`.attention.cached_attention` for what fits.
 
     Where (row, key head) pairs are few and slots many, several programs share a pair; each gives its largest score m,
@@ -39,22 +51,27 @@ def attention(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array
     pairs = batch * kv_heads
     split = max(1, min(-(-_PROGRAMS // pairs), slots // (_SLOTS * _ROUNDS)))
     whole = split == 1
-    part, largest, total = launch(
+    part, largest, total, keys, values = launch(
         attention_kernel,
         q,
+        k.astype(keys.dtype),
+        v.astype(values.dtype),
+        *rope,
         keys,
         values,
         valid.astype(jnp.int8),
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        *(jnp.asarray(index, jnp.int32).reshape(1) for index in (layer, slot)),
         float(head_dim**-0.5),
         out=[
             jax.ShapeDtypeStruct((split, pairs, shared, head_dim), q.dtype if whole else jnp.float32),
             *[jax.ShapeDtypeStruct((1,) if whole else (split, pairs, shared), jnp.float32)] * 2,
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
         ],
         grid=(pairs, split),
         num_warps=4,
         num_stages=2,
-        fuse=True,
+        aliases={5: 3, 6: 4},
         PAIRS=pairs,
         HEADS=kv_heads,
         SHARED=shared,
@@ -69,4 +86,4 @@ def attention(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array
     if not whole:
         share = jnp.exp(largest - largest.max(axis=0))
         part = (part * share[..., None]).sum(axis=0) / (total * share).sum(axis=0)[..., None]
-    return part.reshape(q.shape).astype(q.dtype)
+    return part.reshape(q.shape).astype(q.dtype), keys, values

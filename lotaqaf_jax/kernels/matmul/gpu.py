@@ -124,11 +124,11 @@ def fused(
 
 def _whole(y: jax.Array, bias: jax.Array | None, layer: jax.Array | int | None, dtype: Any) -> jax.Array:
     """The sum of parts (parts, rows, out), plus the bias."""
-    y = y.sum(axis=0)
+    y = y.sum(axis=0).astype(dtype)
     if bias is not None:
         bias = bias if layer is None else jnp.take(bias, jnp.asarray(layer, jnp.int32).reshape(()), axis=0)
-        y = y + bias.astype(jnp.float32)
-    return y.astype(dtype)
+        y = y + bias.astype(dtype)
+    return y
 
 
 def _kind(w: QuantizedWeight, bias: jax.Array | None) -> Any:

@@ -41,7 +41,8 @@ def packed_matmul(
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
     Returns:
-        (rows, out) in the type of ``x``; sums are float32, rounded once.
+        (rows, out) in the type of ``x``; sums are float32, rounded once, and the bias is added to what was rounded, as
+        it is to a product in training.
 
     Raises:
         ConfigError: an unknown implementation, or arguments that do not fit each other.
@@ -74,8 +75,8 @@ def packed_matmul_many(
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
     Returns:
-        (rows, out_i) for every weight, in the type of ``x``; sums are float32, rounded once. Without ``whole`` and
-        without a bias also (parts, rows, out_i) float32, whose sum from the first to the last, rounded, is y_i.
+        (rows, out_i) for every weight, in the type of ``x``; rounded as :func:`packed_matmul` does. Without ``whole``
+        and without a bias also (parts, rows, out_i) float32, whose sum from the first to the last, rounded, is y_i.
 
     Raises:
         ConfigError: an unknown implementation, or arguments that do not fit each other.
@@ -101,9 +102,9 @@ def reference(x: jax.Array, w: QuantizedWeight, bias: jax.Array | None) -> jax.A
 
 
 def matmul(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """x @ matrix + bias in float32, rounded to the type of x."""
-    y = jnp.matmul(x, matrix, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    """x @ matrix in float32, rounded to the type of x, and the bias added in that type."""
+    y = jnp.matmul(x, matrix, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
 def layer_of(

@@ -504,6 +504,9 @@ def matmul_kernel(
     column = block * COLUMNS + (m // 32) * 32 + (m % 8) * 4 + (m // 8) % 4
     out = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     if BIAS:
-        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[:, None]
+        # Product, bias and sum rounded one by one, as where the bias is an operation of its own.
+        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y += bias.to(y_ptr.dtype.element_ty).to(tl.float32)[:, None]
     at = y_ptr + (tl.program_id(1) * rows + out)[None, :] * N + column[:, None]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(out < rows)[None, :] & (column < N)[:, None])
