@@ -155,7 +155,9 @@ def _many_rows(
     while steps > 1 and group < n_in and group % (steps * depth):
         steps //= 2
     blocks = dataclasses.replace(blocks, steps=steps)
-    while blocks.rows > 16 and _shared(blocks, bits, parts * terms) > _SHARED // 2:
+    if depth > _DEPTH or parts * terms > 1:
+        blocks = dataclasses.replace(blocks, registers=None)  # the bound would spill
+    while blocks.rows > 16 and _shared(blocks, bits, parts * terms) > _SHARED * 2 // 3:
         blocks = dataclasses.replace(blocks, rows=blocks.rows // 2)
     while blocks.stages > 2 and (blocks.stages - 1) * _shared(blocks, bits, parts * terms) > _SHARED:
         blocks = dataclasses.replace(blocks, stages=blocks.stages - 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -200,7 +202,8 @@ def _blocks_of(widths: Sequence[int], columns: int) -> int:
 
 def _whole(y: jax.Array, bias: jax.Array | None, layer: jax.Array | int | None, dtype: Any) -> jax.Array:
     """The sum of parts (parts, rows, out), plus the bias."""
-    y = y.sum(axis=0)
+    # Written out, it is one pass in this order; as a reduction over few rows XLA would be free to choose.
+    y = functools.reduce(operator.add, [y[part] for part in range(y.shape[0])])
     if bias is not None:
         bias = bias if layer is None else jnp.take(bias, jnp.asarray(layer, jnp.int32).reshape(()), axis=0)
         y = y + bias.astype(jnp.float32)
