@@ -272,7 +272,7 @@ MANY_ROWS = {
 
 
 def many_rows_tiles(current: ManyRows, bucket: int, layer: Layer) -> list[ManyRows]:
-    """Programs by the registers they take, each in as many parts as the rule says; then other parts, and loads ahead."""
+    """Programs by the registers they take, in as many parts as the rule says; then other parts, and loads ahead."""
     tiles = []
     for rows, warps, halves, registers in MANY_ROWS[bucket]:
         tile = dataclasses.replace(current, rows=rows, warps=warps, halves=halves, registers=registers)

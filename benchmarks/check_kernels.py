@@ -2,16 +2,17 @@
 
     python benchmarks/check_kernels.py [--jobs 4]
 
-One line a case. Weights and merged words must equal the plain JAX implementation bit for bit, products of several
-weights in one launch those of single ones. Gradients and products are compared with plain JAX, or with float64, by
-relative error (norm of the difference over the norm). Exit status 1 if a case fails. Not among them: float8, and
-attention over a cache.
+One line a case. Weights and merged words must equal the plain JAX implementation bit for bit, products of one weight
+in two places of a launch each other. Gradients and products are compared with plain JAX, or with float64, by relative
+error (norm of the difference over the norm). A residual sum must equal plain JAX's bit for bit, its norm the float64 one
+but for two roundings. Exit status 1 if a case fails. Not among them: float8, and attention over a cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import sys
@@ -30,6 +31,7 @@ from common import environment, relative_error
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
 from lotaqaf_jax.kernels.choose import choose, missing_for_triton
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
+from lotaqaf_jax.kernels.norm import add_norm
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
@@ -44,6 +46,8 @@ GRIDS = (
 RULES = (("reference", jnp.float32), ("paper", jnp.bfloat16), ("reference", jnp.float16), ("none", jnp.float32))
 RANKS = ((64, 14.0), (24, 4.3), (128, 20.5))
 TOLERANCE = {"gradients": 5e-3, "product": 4e-3}
+# Rows, size, parts of the update (0: whole) and type.
+NORMS = tuple(itertools.product((1, 64, 128), (100, 896, 5120, 16384), (0, 2, 4), ("bfloat16", "float16")))
 
 
 def outputs(implementation: str) -> Any:
@@ -92,17 +96,35 @@ def check(number: int) -> tuple[bool, str]:
     errors = {
         "gradients": relative_error(found["gradients"], truth["gradients"]),
         "product": relative_error(
-            [*found["product"], found["together"][1]],
-            [*(exact[:rows] for rows in (1, 16, 64)), exact[:1, : grid.n_out // 2]],
+            [*found["product"], *found["together"][:2]],
+            [*(exact[:rows] for rows in (1, 16, 64)), exact[:1], exact[:1, : grid.n_out // 2]],
         ),
     }
-    # Of sizes this small, single calls have as many warps as several weights have.
-    single = found["product"][0]
-    wrong += ["together"] if not all(_equal(found["together"][i], single) for i in (0, 2)) else []
+    # The first and the third of the weights in one launch are the same.
+    wrong += ["together"] if not _equal(found["together"][0], found["together"][2]) else []
     wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
     numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
     name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
     return not wrong, f"{name} {numbers:40} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+
+
+def check_norm(number: int) -> tuple[bool, str]:
+    """:func:`check` of a residual sum, bit for bit, and of its norm, in units in the last place off float64."""
+    rows, size, parts, kind = NORMS[number]
+    dtype, rng, eps = jnp.dtype(kind), np.random.default_rng(number), 1e-6
+    x, weight = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((rows, size), (3, size)))
+    update = jnp.asarray(rng.normal(size=(parts, rows, size) if parts else x.shape), jnp.float32 if parts else dtype)
+    run = jax.jit(lambda *arrays: add_norm(*arrays[:3], eps, arrays[3], implementation="triton"))
+    total, normed = jax.device_get(run(x, update, weight, jnp.int32(1)))
+    # The twin runs op by op, since XLA may leave out a rounding between operations of one fusion.
+    truth, _ = jax.device_get(add_norm(x, update, weight, eps, 1, implementation="xla"))
+    wide = truth.astype(np.float64)
+    exact = np.asarray(weight[1], np.float64) * wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps)
+    # Rounded twice, by half a unit each; below the normal numbers of float16 a unit is fixed.
+    error = np.max(np.abs(normed.astype(np.float64) - exact) / (float(jnp.finfo(dtype).eps) * np.abs(exact) + 1e-6))
+    wrong = [name for name, good in (("sum", _equal(total, truth)), ("norm", error <= 1.01)) if not good]
+    name = f"norm {rows} rows of {size}, {parts or 'no'} parts, {kind}"
+    return not wrong, f"{name:60} {error:.2f} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
 
 
 def main() -> None:
@@ -113,12 +135,14 @@ def main() -> None:
     if missing := missing_for_triton():
         sys.exit(f"no Triton kernels to check: {missing}")
     print(f"{environment()}, implementation {choose()}")
-    failed = 0
+    results = []
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for passed, line in pool.map(check, range(len(GRIDS))):
-            failed += not passed
-            print(line, flush=True)
-    print(f"{len(GRIDS)} cases, {failed} failed")
+        for one, cases in ((check, GRIDS), (check_norm, NORMS)):
+            for passed, line in pool.map(one, range(len(cases))):
+                results.append(passed)
+                print(line, flush=True)
+    failed = results.count(False)
+    print(f"{len(results)} cases, {failed} failed")
     sys.exit(1 if failed else 0)
 
 

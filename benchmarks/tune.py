@@ -9,10 +9,12 @@ lotaqaf_jax/kernels/:
 * left, right (the two products of the adapters' gradients): gradient/blocks.py, tiles by the bytes of a value, how many
   programs share a sum by a rule;
 * transpose (dy of 8192 rows to float8 and transposed): float8/blocks.py;
-* matmul (the packed product of decoding): matmul/blocks.py, by bits and rows; how many warps or programs share a sum by a rule.
+* matmul (the packed product of decoding): matmul/blocks.py, by bits and rows; how many warps or programs share a sum
+  by a rule.
 
 The entry in use is marked with *. Every other one must give its result: bit for bit, or, where sums run in another
-order, to a relative error; all of matmul must give that of plain JAX in float32. Entries that do not compile, do not fit the card, or give something else are named last.
+order, to a relative error; all of matmul must give that of plain JAX in float32. Entries that do not compile, do not
+fit the card, or give something else are named last.
 Calls, inputs and time as in kernels.py. A tile that is best for one shape alone is seldom worth an entry: give several.
 """
 

@@ -79,7 +79,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """(batch, length, hidden) -> (batch, length, hidden), and what ``attend`` keeps.
+        """(batch, length, hidden) -> what is added to the stream, and what ``attend`` keeps.
 
             softmax(rope(q) rope(k)^T / sqrt(head_dim) + mask) v, every kv head shared by heads/kv_heads queries
 
@@ -88,6 +88,9 @@ class Attention(nnx.Module):
             rope: cosine and sine, (batch, length, 1, head_dim/2).
             attend: the softmax and its mask: :func:`causal`, or attention over a cache.
             layer: () int32, which layer of stacked arrays; None where they are one layer's.
+
+        Returns:
+            (batch, length, hidden), or with ``layer`` parts of it, see :meth:`Linear.summand`; and what is kept.
         """
         batch, length, _ = x.shape
         q, k, v = (
@@ -95,7 +98,7 @@ class Attention(nnx.Module):
             for y in products(x, (self.q_proj, self.k_proj, self.v_proj), layer)
         )
         mixed, kept = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
-        return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), layer), kept
+        return self.o_proj.summand(mixed.reshape(batch, length, self.heads * self.head_dim), layer), kept
 
 
 class Mlp(nnx.Module):
@@ -107,9 +110,9 @@ class Mlp(nnx.Module):
         self.down_proj = Linear(linears["mlp.down_proj"], stack)
 
     def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
-        """(..., hidden) -> (..., hidden)."""
+        """(..., hidden) -> (..., hidden), or with ``layer`` parts of it, see :meth:`Linear.summand`."""
         gate, up = products(x, (self.gate_proj, self.up_proj), layer)
-        return self.down_proj(jax.nn.silu(gate) * up, layer)
+        return self.down_proj.summand(jax.nn.silu(gate) * up, layer)
 
 
 class Block(nnx.Module):
@@ -127,13 +130,42 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, norm_dtype, stack)
         self.mlp = Mlp(linears, stack)
 
-    def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """(batch, length, hidden) -> (batch, length, hidden), and what ``attend`` keeps; as :class:`Attention`."""
-        mixed, kept = self.self_attn(self.input_layernorm(x, layer), rope, attend, layer)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x, layer), layer), kept
+        x, update, kept = self._halves(x, self.input_layernorm(x), rope, attend)
+        return x + update, kept
+
+    def layer_of_stack(
+        self, x: jax.Array, normed: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """One layer out of stacked arrays, and the first norm of the next, which one kernel adds and computes.
+
+        Args:
+            x: (batch, length, hidden).
+            normed: x after the layer's first norm.
+            rope: as in :class:`Attention`.
+            attend: likewise.
+            layer: () int32.
+
+        Returns:
+            The next layer's x and normed, (batch, length, hidden) both, and what ``attend`` keeps. The normed of a
+            layer beyond the last is for nobody.
+        """
+        x, update, kept = self._halves(x, normed, rope, attend, layer)
+        return *self.input_layernorm.after_sum(x, update, layer + 1), kept
+
+    def _halves(
+        self,
+        x: jax.Array,
+        normed: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        layer: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """x after attention, what the MLP adds to it, and what ``attend`` keeps."""
+        mixed, kept = self.self_attn(normed, rope, attend, layer)
+        x, normed = self.post_attention_layernorm.after_sum(x, mixed, layer)
+        return x, self.mlp(normed, layer), kept
 
     def linear(self, path: str) -> Linear:
         """The projection at ``path``, one of :data:`lotaqaf_jax.models.spec.PROJECTIONS`."""
@@ -235,18 +267,19 @@ class Decoder(nnx.Module):
         for segment, cache in zip(self.segments, caches, strict=True):
 
             def block(
-                layer: jax.Array, carry: tuple[jax.Array, KVCache], segment: Block = segment
-            ) -> tuple[jax.Array, KVCache]:
-                x, cache = carry
+                layer: jax.Array, carry: tuple[jax.Array, jax.Array, KVCache], segment: Block = segment
+            ) -> tuple[jax.Array, jax.Array, KVCache]:
+                x, normed, cache = carry
 
                 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
                     kept = cache.write(layer, slot, k, v)
                     mixed = causal()(q, k, v)[0] if marks is None else kept.attend(q, marks, layer)
                     return mixed, kept
 
-                return segment(x, rope, attend, layer)
+                return segment.layer_of_stack(x, normed, rope, attend, layer)
 
-            x, cache = jax.lax.fori_loop(0, cache.keys.shape[0], block, (x, cache))
+            normed = segment.input_layernorm(x, jnp.int32(0))
+            x, _, cache = jax.lax.fori_loop(0, cache.keys.shape[0], block, (x, normed, cache))
             written.append(cache)
         return self.norm(x), tuple(written)
 

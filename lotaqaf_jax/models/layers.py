@@ -16,6 +16,7 @@ from flax import nnx
 
 from lotaqaf_jax.kernels import TernaryAdapter, quantized_linear
 from lotaqaf_jax.kernels.matmul import packed_matmul_many
+from lotaqaf_jax.kernels.norm import add_norm, rms_norm
 from lotaqaf_jax.models.spec import LinearSpec
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
@@ -106,6 +107,20 @@ class Linear(nnx.Module):
             (y,) = _packed_products(x, [self.packed], layer)
         return self.plus_bias(y, layer)
 
+    def summand(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """What :meth:`RMSNorm.after_sum` adds: the product, which the kernel may leave to it in parts.
+
+        Args:
+            x: (..., in).
+            layer: as of a call.
+
+        Returns:
+            (..., out) in the type of ``x``, as a call; or (parts, ..., out) float32 if their sum, rounded, is that.
+        """
+        if layer is None or not self.is_quantized or self.ternary is not None or self.bias is not None:
+            return self(x, layer)
+        return _packed_products(x, [self.packed], layer, whole=False)[0]
+
     def plus_bias(self, y: jax.Array, layer: jax.Array | None) -> jax.Array:
         """(..., out) -> (..., out): a product, rounded to its type before, plus the bias; arguments as of a call."""
         return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
@@ -128,10 +143,12 @@ def products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array | None) -
     return [linear.plus_bias(y, layer) for linear, y in zip(linears, ys, strict=True)]
 
 
-def _packed_products(x: jax.Array, weights: Sequence[QuantizedWeight], layer: jax.Array) -> list[jax.Array]:
-    """x @ W, (..., out), for one layer of every stack."""
-    rows = x.reshape(-1, x.shape[-1])
-    return [y.reshape(*x.shape[:-1], -1) for y in packed_matmul_many(rows, weights, layer=layer)]
+def _packed_products(
+    x: jax.Array, weights: Sequence[QuantizedWeight], layer: jax.Array, whole: bool = True
+) -> list[jax.Array]:
+    """x @ W, (..., out), for one layer of every stack; without ``whole`` perhaps (parts, ..., out)."""
+    ys = packed_matmul_many(x.reshape(-1, x.shape[-1]), weights, layer=layer, whole=whole)
+    return [y.reshape(*y.shape[:-2], *x.shape[:-1], -1) for y in ys]
 
 
 @jax.custom_vjp
@@ -190,6 +207,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """(..., size) -> (..., size), in the type of ``x``; ``layer`` as in :class:`Linear`."""
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return _at(self.weight.get_value(), layer).astype(x.dtype) * normed.astype(x.dtype)
+        return rms_norm(x, _at(self.weight.get_value(), layer), self.eps)
+
+    def after_sum(self, x: jax.Array, update: jax.Array, layer: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """x + update, and its norm, both (..., size): :func:`lotaqaf_jax.kernels.norm.add_norm`.
+
+        Args:
+            x: (..., size).
+            update: from :meth:`Linear.summand`.
+            layer: as in :class:`Linear`; where there are fewer layers, the last one.
+        """
+        return add_norm(x, update, self.weight.get_value(), self.eps, layer)

@@ -114,8 +114,13 @@ def _compiler_options() -> dict[str, bool] | None:
 
     On a GPU all products go to cuBLAS. XLA would compile and time Triton kernels of its own for each: a 14B step then
     takes five times as long to compile, and comes out no faster, since the large products are cuBLAS's either way.
+
+    Nor does XLA let a product write straight into the stack of what the backward pass reads ("dynamic slice fusion"):
+    where the product is also read at once, as those of "products" are, it would compute it twice.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+    if jax.default_backend() != "gpu":
+        return None
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:

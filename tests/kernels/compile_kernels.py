@@ -20,6 +20,7 @@ import lotaqaf_jax.kernels.cached.gpu as cached
 import lotaqaf_jax.kernels.float8.gpu as float8
 import lotaqaf_jax.kernels.gradient.gpu as gradient
 import lotaqaf_jax.kernels.matmul.gpu as matmul
+import lotaqaf_jax.kernels.norm.gpu as norm
 from lotaqaf_jax.kernels import TernaryAdapter
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
@@ -69,7 +70,7 @@ def record(
 
 def main() -> None:
     """Go through the widths."""
-    for module in (adjust, cached, float8, gradient, matmul):
+    for module in (adjust, cached, float8, gradient, matmul, norm):
         module.launch = record  # type: ignore[attr-defined]
     rng = np.random.default_rng(0)
     for grid in GRIDS:
@@ -92,6 +93,9 @@ def main() -> None:
         cached.attention(q, stack, stack, jnp.ones((batch, slots), bool), 0)
     for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
         float8.transposed(x := jnp.zeros((128, 64), jnp.bfloat16), float8.largest(x), dtype)
+    for size, parts in ((5120, 0), (100, 2)):
+        x, stack = jnp.zeros((8, size), jnp.bfloat16), jnp.zeros((2, size), jnp.float16)
+        norm.add_norm(x, jnp.zeros((parts, 8, size), jnp.float32) if parts else x, stack, 1e-6, 0)
     print(json.dumps(compiled))
 
 

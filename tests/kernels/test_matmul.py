@@ -13,7 +13,7 @@ import pytest
 
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
-from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, bucket_of, matmul_blocks
+from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, bucket_of, matmul_blocks, period_of
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.weights import Grid, quantized, random_numbers
@@ -80,6 +80,14 @@ CASES = (
     (Grid(8, 400, 41, 64), 5, jnp.float16, jnp.float16, jnp.float16),
     (Grid(8, 90, 33, 32), 33, jnp.float32, None, jnp.float16),  # 33 rows of 64
     (Grid(8, 90, 33, -1), 2, jnp.bfloat16, jnp.float32, jnp.float16),
+    # More than 8 rows.
+    (Grid(4, 512, 256, 64), 16, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),  # even, k shared between programs
+    (Grid(4, 576, 128, 64), 100, jnp.float16, jnp.float32, jnp.float16),  # rounds that programs do not share evenly
+    (Grid(2, 320, 41, 32), 16, jnp.bfloat16, None, jnp.float16),  # two groups in a step
+    (Grid(3, 400, 41, 32), 33, jnp.float16, jnp.float16, jnp.float16),  # four
+    (Grid(3, 400, 128, 64), 9, jnp.float32, None, jnp.float16),  # two, and three terms of x
+    (Grid(2, 200, 41, -1), 40, jnp.float16, jnp.float16, jnp.float32),
+    (Grid(8, 256, 128, 128), 64, jnp.bfloat16, jnp.float16, jnp.float16),
     # Not in one kernel: act-order, groups that are no periods, float32 with an offset, many rows.
     (Grid(4, 128, 33, 32, act_order=True), 2, jnp.float32, jnp.float16, jnp.float16),
     (Grid(4, 100, 33, 20), 2, jnp.float32, None, jnp.float16),
@@ -268,9 +276,26 @@ def test_company_does_not_change_the_order_of_a_sum(blocks: FewRows | ManyRows) 
 
 
 def test_warps_go_by_the_columns_of_a_launch() -> None:
-    several, one = (matmul_blocks(1, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (7168,)))
+    several, one = (matmul_blocks(16, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (7168,)))
     assert several == one
-    assert matmul_blocks(1, 5120, (13824, 13824), 4, 64) != matmul_blocks(1, 5120, (13824,), 4, 64)
+    assert matmul_blocks(16, 5120, (5120, 5120), 4, 64) != matmul_blocks(16, 5120, (5120,), 4, 64)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(13824, 5120), (5120, 5120), (5120, 1024), (28672, 8192), (4096, 4096)])
+def test_a_narrow_weight_shares_k_between_programs_that_fit_at_once(n_in: int, n_out: int) -> None:
+    for bits in (2, 3, 4, 8):
+        blocks = matmul_blocks(1, n_in, (n_out,), bits, 64)
+        assert blocks is not None
+        assert blocks.split > 1
+        assert n_in % (blocks.split * blocks.warps * blocks.steps * 4 * period_of(bits)[0]) == 0
+        assert blocks.split * blocks.warps * n_out / 32 <= 2112
+
+
+def test_wide_and_several_weights_and_odd_sizes_do_not_share_k() -> None:
+    for n_in, widths in ((5120, (13824,)), (5120, (5120, 1024, 1024)), (5120 + 32, (5120,))):
+        blocks = matmul_blocks(1, n_in, widths, 4, 32)
+        assert blocks is not None
+        assert blocks.split == 1
 
 
 def test_every_supported_layout_of_a_model_has_blocks() -> None:
@@ -284,6 +309,44 @@ def test_every_supported_layout_of_a_model_has_blocks() -> None:
     assert matmul_blocks(129, 5120, (13824,), 4, 64) is None
     assert matmul_blocks(1, 5120, (13824,), 4, 20) is None
     assert [bucket_of(rows) for rows in (1, 8, 9, 128, 129)] == [8, 8, 16, 128, None]
+
+
+def test_blocks_depend_on_rows_through_the_bucket_alone() -> None:
+    for few, many in ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128)):
+        for width in (1024, 13824):
+            assert matmul_blocks(few, 5120, (width,), 4, 64) == matmul_blocks(many, 5120, (width,), 4, 64)
+
+
+def test_programs_for_many_rows_fill_the_card_and_its_shared_memory_alone() -> None:
+    for bits in (2, 3, 4, 8):
+        for group in (32, 64, 128, 5120):
+            for rows in (16, 32, 64, 128):
+                for terms in (1, 3):
+                    blocks = matmul_blocks(rows, 5120, (5120,), bits, group, terms)
+                    assert isinstance(blocks, ManyRows)
+                    assert blocks.stages >= 2
+                    values, words = period_of(bits)
+                    depth = 4 * values * blocks.steps
+                    assert group % depth == 0 or depth % group == 0
+                    x = terms * max(1, depth // group) * depth * blocks.rows * 2
+                    assert (blocks.stages - 1) * (x + 4 * words * blocks.steps * 4 * 32 * blocks.warps) < 110 * 1024
+                    programs = -(-rows // blocks.rows) * 5120 // (32 * blocks.warps)
+                    assert programs * blocks.split * blocks.warps >= 4 * 132
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_terms_of_a_prepared_float32_are_all_of_it(bits: int) -> None:
+    pytest.importorskip("triton")
+    from lotaqaf_jax.kernels.matmul.gpu import prepared
+
+    x = rows_of(3, 9, 200, dtype=jnp.float32)
+    out = prepared(x, bits, 2, (16, 256))
+    assert (out.shape, out.dtype) == ((3, 2, 16, 256), jnp.bfloat16)
+    whole = np.asarray(out, np.float64).sum(axis=(0, 1))
+    # The same numbers in another order, every one in one part, the rest zeros.
+    np.testing.assert_allclose(np.sort(np.abs(whole[:9]))[:, 56:], np.sort(np.abs(np.asarray(x))), rtol=2**-24)
+    assert not whole[9:].any()
+    assert (np.count_nonzero(np.asarray(out[2], np.float32), axis=0) <= 1).all()
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

@@ -30,9 +30,9 @@ BUCKETS = (8, 16, 32, 64, 128)
 class FewRows:
     """One program of :mod:`.triton`: ``rows`` by 32 * ``tiles`` columns, ``warps`` that share k.
 
-    A round of a warp is ``steps`` steps of four periods. Words are loaded ``ahead`` (1 or 2) rounds before their use, x ``x_ahead`` (0 to 2); ``unroll`` rounds are written
-    out; with ``rotate`` programs start in different rounds; ``split`` programs share k between them, and their parts
-    are added by XLA.
+    A round of a warp is ``steps`` steps of four periods. Words are loaded ``ahead`` (1 or 2) rounds before their use, x
+    ``x_ahead`` (0 to 2); ``unroll`` rounds are written out; with ``rotate`` programs start in different rounds;
+    ``split`` programs share k between them, and their parts are added by XLA.
     """
 
     rows: int
@@ -73,6 +73,7 @@ _FEW = {
 }
 _RESIDENT_WARPS = 2112
 """What the card holds of them at once at the registers they take: 132 multiprocessors of 64k."""
+_MOST_PARTS = 8
 
 # By bucket. ``split`` is filled in by the shape, ``steps``, ``stages`` and ``rows`` go down where they do not fit.
 _MANY = {
@@ -110,9 +111,9 @@ def matmul_blocks(
 ) -> FewRows | ManyRows | None:
     """The blocks for x (rows, n_in) and every W (n_in, width) of a launch; None where no blocks do.
 
-    ``group`` is the number of rows in a group, ``terms`` the number of 16-bit numbers that x is the sum of. Only the
-    number of warps, or of programs that share k, depends on ``widths``, by the blocks of columns of all weights
-    together: what is resident at once does not ask whose columns a program works on.
+    ``group`` is the number of rows in a group, ``terms`` the number of 16-bit numbers that x is the sum of. Only how k
+    is shared depends on ``widths``, by the blocks of columns of all weights together: what is resident at once does not
+    ask whose columns a program works on.
     A round must lie in one group, or a step must hold whole groups of whole periods.
     """
     bucket = bucket_of(rows)
@@ -122,7 +123,7 @@ def matmul_blocks(
     if bucket is None or not (whole or (depth % group == 0 and group % values == 0)):
         return None
     if bucket > 8:
-        return _many_rows(bucket, rows, n_in, widths, bits, group, terms)
+        return _many_rows(bucket, n_in, widths, bits, group, terms)
     blocks = _FEW[bits]
     longer = 2 * blocks.steps
     if bits == 4 and (group >= n_in or group % (longer * depth) == 0):
@@ -130,14 +131,32 @@ def matmul_blocks(
         blocks = dataclasses.replace(blocks, steps=longer, ahead=1, x_ahead=0, unroll=1)
     while blocks.steps > 1 and group < n_in and group % (blocks.steps * depth):
         blocks = dataclasses.replace(blocks, steps=blocks.steps // 2)
+    if len(widths) == 1:
+        blocks = _narrow(blocks, depth, n_in, widths[0])
+        if blocks.split > 1:
+            return blocks
     return dataclasses.replace(blocks, warps=_warps(blocks, depth, n_in, widths))
 
 
+def _narrow(blocks: FewRows, depth: int, n_in: int, n_out: int) -> FewRows:
+    """k shared between as many programs of two warps as are resident at once, if their rounds come out even.
+
+    For a weight of its own that is too narrow to fill the card with programs of four warps: 160 larger ones on 132
+    multiprocessors take the time of two in a row. XLA makes the sum of the parts, a few float32 rows, part of what
+    comes next; for several weights it would be several sums.
+    """
+    columns = -(-n_out // (32 * blocks.tiles))
+    most = min(_MOST_PARTS, _RESIDENT_WARPS // (2 * columns)) if 4 * columns < 0.8 * _RESIDENT_WARPS else 1
+    for split in range(most, 1, -1):
+        rounds, rest = divmod(n_in, depth * blocks.steps * 2 * split)
+        if rest == 0 and rounds >= 4:
+            return dataclasses.replace(blocks, warps=2, split=split)
+    return blocks
+
+
 def _warps(blocks: FewRows, depth: int, n_in: int, widths: Sequence[int]) -> int:
-    """As many as are resident at once, 4 to 16, while each still has 8 rounds; 8 where programs alone are more."""
+    """As many as are resident at once, 4 to 16, while each still has 8 rounds."""
     programs = sum(-(-n_out // (32 * blocks.tiles)) for n_out in widths)
-    if programs * 4 > _RESIDENT_WARPS:
-        return 8
     warps = 4
     rounds = n_in // (depth * blocks.steps)
     while 2 * warps * programs <= _RESIDENT_WARPS and 2 * warps <= 16 and rounds >= 16 * warps:
@@ -145,9 +164,7 @@ def _warps(blocks: FewRows, depth: int, n_in: int, widths: Sequence[int]) -> int
     return warps
 
 
-def _many_rows(
-    bucket: int, rows: int, n_in: int, widths: Sequence[int], bits: int, group: int, terms: int
-) -> ManyRows:
+def _many_rows(bucket: int, n_in: int, widths: Sequence[int], bits: int, group: int, terms: int) -> ManyRows:
     depth = 4 * period_of(bits)[0]
     parts = parts_of(n_in, bits, group)
     blocks = _MANY[bucket]
@@ -161,7 +178,7 @@ def _many_rows(
         blocks = dataclasses.replace(blocks, rows=blocks.rows // 2)
     while blocks.stages > 2 and (blocks.stages - 1) * _shared(blocks, bits, parts * terms) > _SHARED:
         blocks = dataclasses.replace(blocks, stages=blocks.stages - 1)
-    return dataclasses.replace(blocks, split=shared_parts(blocks, rows, n_in, widths, bits))
+    return dataclasses.replace(blocks, split=shared_parts(blocks, bucket, n_in, widths, bits))
 
 
 def _shared(blocks: ManyRows, bits: int, copies: int) -> int:

@@ -24,15 +24,24 @@ MOST_WEIGHTS = 3
 """What a kernel takes in one launch."""
 
 Biases = Sequence[jax.Array | None]
+_Launch = tuple[Any, jax.Array, dict[str, Any]]
+"""The kernel, x as it takes it, and what it wants beside what both want."""
 
 
 def matmul(
-    x: jax.Array, weights: Sequence[QuantizedWeight], biases: Biases, layer: jax.Array | int | None
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight],
+    biases: Biases,
+    layer: jax.Array | int | None,
+    whole: bool = True,
 ) -> tuple[jax.Array, ...]:
-    """x @ W + bias for every weight, or for one layer of every stack; in one launch where they are alike."""
+    """x @ W + bias for every weight, or for one layer of every stack; in one launch where they are alike.
+
+    Without ``whole``, and without a bias, a product that programs share stays in its parts, (parts, rows, out) float32.
+    """
     kinds = {_kind(w, bias) for w, bias in zip(weights, biases, strict=True)}
     if len(kinds) > 1 or len(weights) > MOST_WEIGHTS:
-        return tuple(matmul(x, (w,), (bias,), layer)[0] for w, bias in zip(weights, biases, strict=True))
+        return tuple(matmul(x, (w,), (bias,), layer, whole)[0] for w, bias in zip(weights, biases, strict=True))
     w = weights[0]
     blocks = None
     # A float32 x wants q - z + mu to more than the 16 bits of the kernel's operand.
@@ -40,7 +49,7 @@ def matmul(
         widths = [w.shape[1] for w in weights]
         blocks = matmul_blocks(x.shape[0], w.shape[0], widths, w.bits, _rows_of_group(w), _terms(x))
     if blocks is not None:
-        return fused(x, weights, biases, layer, blocks)
+        return fused(x, weights, biases, layer, blocks, whole)
     layers = [plain.layer_of(w, bias, layer) for w, bias in zip(weights, biases, strict=True)]
     return tuple(plain.matmul(x, dequantized(w, x.dtype), bias) for w, bias in layers)
 
@@ -51,6 +60,7 @@ def fused(
     biases: Biases,
     layer: jax.Array | int | None,
     blocks: FewRows | ManyRows,
+    whole: bool = True,
 ) -> tuple[jax.Array, ...]:
     """The same for weights that are alike, straight from the packed words, in programs of the size ``blocks`` says.
 
@@ -62,18 +72,20 @@ def fused(
     widths = [one.shape[1] for one in weights]
     n0, n1, n2 = widths + [0] * absent
     values, words = period_of(w.bits)
-    group = _rows_of_group(w)
     split = blocks.split > 1
     arrays = [_arrays(one, None if split else bias) for one, bias in zip(weights, biases, strict=True)]
     shapes = [(blocks.split, rows, n_out) if split else (rows, n_out) for n_out in widths]
-    ys = (_few_rows if isinstance(blocks, FewRows) else _many_rows)(
-        x,
+    if isinstance(blocks, FewRows):
+        kernel, given, settings = _few_rows(x, w, widths, blocks)
+    else:
+        kernel, given, settings = _many_rows(x, w, widths, blocks)
+    ys = launch(
+        kernel,
+        given,
         # The place of a weight that is not there is taken by the first, and its output is a single number.
         *itertools.chain(*arrays, *arrays[:1] * absent),
         jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1),
         rows,
-        blocks=blocks,
-        widths=widths,
         out=[jax.ShapeDtypeStruct(s, jnp.float32 if split else x.dtype) for s in (*shapes, *[(1,)] * absent)],
         num_warps=blocks.warps,
         fuse=True,
@@ -86,8 +98,8 @@ def fused(
         BITS=w.bits,
         VALUES=values,
         WORDS=words,
-        GROUP=group,
-        PARTS=parts_of(n_in, w.bits, group),
+        GROUP=_rows_of_group(w),
+        PARTS=parts_of(n_in, w.bits, _rows_of_group(w)),
         OFFSET=w.offset is not None,
         BIAS=biases[0] is not None and not split,
         LAYER=layer is not None,
@@ -97,62 +109,59 @@ def fused(
         WARPS=blocks.warps,
         STEPS=blocks.steps,
         SPLIT=blocks.split,
+        **settings,
     )
     ys = ys[: len(weights)]
-    return tuple(_whole(y, bias, layer, x.dtype) for y, bias in zip(ys, biases, strict=True)) if split else tuple(ys)
+    if not split or not (whole or biases[0] is not None):
+        return tuple(ys)
+    return tuple(_whole(y, bias, layer, x.dtype) for y, bias in zip(ys, biases, strict=True))
 
 
-def _few_rows(x: jax.Array, *inputs: Any, blocks: FewRows, widths: Sequence[int], **rest: Any) -> list[jax.Array]:
+def _few_rows(x: jax.Array, w: QuantizedWeight, widths: Sequence[int], blocks: FewRows) -> _Launch:
     """The kernel whose warps share k."""
     from lotaqaf_jax.kernels.matmul.triton import matmul_kernel
 
-    (rows, n_in), group = x.shape, rest["GROUP"]
+    (rows, n_in), group = x.shape, _rows_of_group(w)
     columns = 32 * blocks.tiles
-    span = 4 * rest["VALUES"] * blocks.steps * blocks.warps * blocks.split
+    span = 4 * period_of(w.bits)[0] * blocks.steps * blocks.warps * blocks.split
     rounds = -(-n_in // span)
-    return launch(
-        matmul_kernel,
-        x,
-        *inputs,
-        **rest,
-        grid=(_blocks_of(widths, columns), blocks.split, -(-rows // blocks.rows)),
-        num_stages=1,
-        K=n_in,
-        TILES=blocks.tiles,
-        X_AHEAD=blocks.x_ahead,
-        UNROLL=blocks.unroll,
-        ROUNDS=rounds,
-        EVEN=n_in == rounds * span and not any(n_out % columns for n_out in widths),
-        LINEAR=group >= n_in or span % group == 0,
-        ROTATE=blocks.rotate,
-        AHEAD=blocks.ahead,
-    )
+    settings = {
+        "grid": (_blocks_of(widths, columns), blocks.split, -(-rows // blocks.rows)),
+        "num_stages": 1,
+        "K": n_in,
+        "TILES": blocks.tiles,
+        "X_AHEAD": blocks.x_ahead,
+        "UNROLL": blocks.unroll,
+        "ROUNDS": rounds,
+        "EVEN": n_in == rounds * span and not any(n_out % columns for n_out in widths),
+        "LINEAR": group >= n_in or span % group == 0,
+        "ROTATE": blocks.rotate,
+        "AHEAD": blocks.ahead,
+    }
+    return matmul_kernel, x, settings
 
 
-def _many_rows(x: jax.Array, *inputs: Any, blocks: ManyRows, widths: Sequence[int], **rest: Any) -> list[jax.Array]:
+def _many_rows(x: jax.Array, w: QuantizedWeight, widths: Sequence[int], blocks: ManyRows) -> _Launch:
     """The kernel whose warps share x."""
     from lotaqaf_jax.kernels.matmul.many_rows import many_rows_kernel
 
     rows, n_in = x.shape
     columns = 32 * blocks.warps
-    depth = 4 * rest["VALUES"] * blocks.steps
+    depth = 4 * period_of(w.bits)[0] * blocks.steps
     rounds = -(-n_in // depth)
     programs = -(-rows // blocks.rows)
-    whole = (programs * blocks.rows, -(-rounds // blocks.split) * blocks.split * depth)
-    return launch(
-        many_rows_kernel,
-        prepared(x, rest["BITS"], rest["PARTS"], whole),
-        *inputs,
-        **rest,
-        grid=(programs, _blocks_of(widths, columns), blocks.split),
-        num_stages=blocks.stages,
-        registers=blocks.registers,
-        ROUNDS=rounds,
-        EVEN=n_in == rounds * depth and not any(n_out % columns for n_out in widths),
-        TERMS=_terms(x),
-        HALVES=blocks.halves,
-        STAGES=blocks.stages,
-    )
+    settings = {
+        "grid": (programs, _blocks_of(widths, columns), blocks.split),
+        "num_stages": blocks.stages,
+        "registers": blocks.registers,
+        "ROUNDS": rounds,
+        "EVEN": n_in == rounds * depth and not any(n_out % columns for n_out in widths),
+        "TERMS": _terms(x),
+        "HALVES": blocks.halves,
+        "STAGES": blocks.stages,
+    }
+    shape = (programs * blocks.rows, -(-rounds // blocks.split) * blocks.split * depth)
+    return many_rows_kernel, prepared(x, w.bits, parts_of(n_in, w.bits, _rows_of_group(w)), shape), settings
 
 
 def prepared(x: jax.Array, bits: int, parts: int, shape: tuple[int, int]) -> jax.Array:
@@ -223,4 +232,3 @@ def _arrays(w: QuantizedWeight, bias: jax.Array | None) -> tuple[jax.Array, ...]
 
 def _rows_of_group(w: QuantizedWeight) -> int:
     return group_length(w.shape[0], w.group_size)
-

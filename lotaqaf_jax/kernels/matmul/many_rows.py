@@ -71,11 +71,12 @@ def many_rows_kernel(
 ):  # fmt: skip
     """ROWS rows by 32*WARPS columns of y, over all k or, with SPLIT, a part of it.
 
-    x is (TERMS, PARTS, rows in whole programs, k in as many rounds for each), zero where there is nothing; its terms add up to it.
-    Weights are those of :func:`.triton.matmul_kernel`. All k takes ROUNDS rounds of STEPS steps of four periods. PARTS
-    is 1 where a round lies in one group of GROUP rows; where a group is smaller than a step (then STEPS is 1), the
-    number of groups in a step: x comes once for each, zero in the others. EVEN: rounds and columns cover the matrix
-    exactly. With HALVES the columns are multiplied in two halves, so that half as many fresh accumulators are held.
+    x is (TERMS, PARTS, rows in whole programs, k in as many rounds for each), zero where there is nothing; its terms
+    add up to it. Weights are those of :func:`.triton.matmul_kernel`. All k takes ROUNDS rounds of STEPS steps of four
+    periods. PARTS is 1 where a round lies in one group of GROUP rows; where a group is smaller than a step (then STEPS
+    is 1), the number of groups in a step: x comes once for each, zero in the others. EVEN: rounds and columns cover the
+    matrix exactly. With HALVES the columns are multiplied in two halves, so that half as many fresh accumulators are
+    held at once.
     """
     COLUMNS: tl.constexpr = 32 * WARPS
     DEPTH: tl.constexpr = STEPS * 4 * VALUES
@@ -193,10 +194,7 @@ def many_rows_kernel(
             else:
                 total += _product(left, x0, x1, x2, TERMS, INTERPRET) * _spread(s, ROWS)
 
-    if HALVES:
-        y = tl.permute(tl.join(total0, total1), (2, 0, 1))
-    else:
-        y = total
+    y = tl.permute(tl.join(total0, total1), (2, 0, 1)) if HALVES else total
     y = tl.permute(tl.reshape(y, (2, WARPS, 2, 8, ROWS)), (4, 1, 3, 0, 2))
     y = tl.reshape(y, (ROWS, COLUMNS))
     column = block * COLUMNS + tl.arange(0, COLUMNS)

@@ -55,6 +55,7 @@ def packed_matmul_many(
     biases: Sequence[jax.Array | None] | None = None,
     *,
     layer: jax.Array | int | None = None,
+    whole: bool = True,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """y_i = x @ W_i + bias_i: :func:`packed_matmul` for several weights of one x, such as q, k and v.
@@ -69,10 +70,12 @@ def packed_matmul_many(
         weights: the quantised weights (in, out_i), or stacks of them.
         biases: (out_i,), or (layers, out_i) with stacks, or None, for every weight; or None for no bias at all.
         layer: as in :func:`packed_matmul`, the same for all.
+        whole: False for a caller whose own kernel can add what programs that share a sum have of it, see below.
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
     Returns:
-        (rows, out_i) for every weight, in the type of ``x``; sums are float32, rounded once.
+        (rows, out_i) for every weight, in the type of ``x``; sums are float32, rounded once. Without ``whole`` and
+        without a bias also (parts, rows, out_i) float32, whose sum from the first to the last, rounded, is y_i.
 
     Raises:
         ConfigError: an unknown implementation, or arguments that do not fit each other.
@@ -89,7 +92,7 @@ def packed_matmul_many(
         return tuple(reference(x, *layer_of(w, bias, layer)) for w, bias in zip(weights, biases, strict=True))
     from lotaqaf_jax.kernels.matmul import gpu
 
-    return gpu.matmul(x, weights, biases, layer)
+    return gpu.matmul(x, weights, biases, layer, whole)
 
 
 def reference(x: jax.Array, w: QuantizedWeight, bias: jax.Array | None) -> jax.Array:

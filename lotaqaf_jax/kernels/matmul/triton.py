@@ -1,20 +1,18 @@
-"""Triton kernel of the packed matmul: y = x @ s * (q - z + mu), the weights straight from their words.
+"""Triton kernel of the packed matmul for up to 8 rows: y = x @ s * (q - z + mu), the weights from their words.
 
 The weights are the left operand of the tensor cores, W^T @ x^T, and no operand passes through shared memory. A warp
 loads words so that they lie where the operand's fragments lie: lane 4a + p holds four neighbouring columns, 4a to
 4a + 3, of period p, one load of 16 bytes. The columns of the product, and the order in which it runs over k, are
-permuted to fit: every period is a set of pairs (value i, value i + VALUES/2) that lie 16 bits apart, so that one shift,
-one logical operation and one addition of packed halves make two operands, and only x has to follow that order, inside
-its registers. None of this is asked of Triton; it follows from the axes the tensors are given, and where Triton deals
-otherwise the result is the same and slower.
+permuted to fit: :mod:`.operand` makes the operands, and only x has to follow their order, inside its registers. None
+of this is asked of Triton; it follows from the axes the tensors are given, and where Triton deals otherwise the result
+is the same and slower.
 
 Warps of a program take turns along k, each with its own accumulators (the batch axis of ``tl.dot``), which are added
-at the end in a fixed order. An integer becomes a float by becoming the low bits of a mantissa (128 + q in bfloat16,
-1024 + q in float16), from which 128 + z is subtracted, exactly. Each group is summed in float32 and then multiplied by
-its scale: nothing but q - z + mu is rounded to 16 bits, and that only where there is an offset.
+at the end in a fixed order. Each group is summed in float32 and then multiplied by its scale.
 
-What was tried and lost on an H200: words and x through shared memory in Triton's pipeline (two barriers a round, and x
-past the first-level cache, where every program asks for the same lines: 1.4 times the time and more).
+What was tried and lost on an H200, for up to 8 rows: words and x through shared memory in Triton's pipeline (two
+barriers a round, and x past the first-level cache, where every program asks for the same lines: 1.4 times the time and
+more).
 """
 
 from __future__ import annotations
