@@ -77,7 +77,7 @@ _MOST_PARTS = 8
 
 # By bucket. ``split`` is filled in by the shape, ``steps``, ``stages`` and ``rows`` go down where they do not fit.
 _MANY = {
-    16: ManyRows(16, 2, stages=6),
+    16: ManyRows(16, 2, stages=5),
     32: ManyRows(32, 2, stages=5),
     64: ManyRows(64, 2, halves=True, registers=168),
     128: ManyRows(64, 2, warps=8, halves=True),
