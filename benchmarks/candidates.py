@@ -32,9 +32,10 @@ from lotaqaf_jax.kernels.float8.blocks import TRANSPOSE, TransposeBlocks
 from lotaqaf_jax.kernels.float8.gpu import transposed
 from lotaqaf_jax.kernels.gradient.blocks import GradientBlocks, gradient_blocks, left_split, right_split
 from lotaqaf_jax.kernels.gradient.gpu import left_product, right_product
-from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, matmul_blocks
+from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, bucket_of, matmul_blocks, shared_parts
 from lotaqaf_jax.kernels.matmul.blocks import period_of as matmul_period_of
 from lotaqaf_jax.kernels.matmul.gpu import fused
+from lotaqaf_jax.kernels.matmul.matmul import layer_of, reference
 from lotaqaf_jax.models import QuantSpec
 from lotaqaf_jax.quant.weight import group_length
 
@@ -47,7 +48,10 @@ MATMUL_CALLS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel on one layer: ``call(blocks)`` is a function of one of ``inputs``; results differ by ``tolerance``."""
+    """One kernel on one layer: ``call(blocks)`` is a function of one of ``inputs``; results differ by ``tolerance``.
+
+    They differ from ``truth`` of the first inputs, or, where there is none, from what the entry in use gives.
+    """
 
     layer: str
     table: str
@@ -56,6 +60,7 @@ class Case:
     inputs: Sequence[tuple[Any, ...]]
     call: Callable[[Any], Callable[..., Any]]
     tolerance: float = 0.0
+    truth: Callable[..., Any] | None = None
 
 
 def adjust_inputs(n_in: int, n_out: int, bits: int, options: argparse.Namespace) -> list[Any]:
@@ -222,15 +227,22 @@ def matmul(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]
         xs = random_x(layer, DTYPE, calls)
         inputs = [(xs[i], stack, jnp.full((1,), i % count, jnp.int32)) for i in range(calls)]
 
-        def call(blocks: MatmulBlocks) -> Any:
+        def call(blocks: FewRows | ManyRows) -> Any:
             return lambda x, w, index: fused(x, w, [None], index, blocks)[0]
 
-        tiles = matmul_tiles(current, 4 * matmul_period_of(bits)[0], n_in, group)
+        tiles: list[Any]
+        if isinstance(current, FewRows):
+            tiles = few_rows_tiles(current, 4 * matmul_period_of(bits)[0], n_in, group)
+        else:
+            tiles = many_rows_tiles(current, bucket_of(rows) or 0, layer)
+            if rows <= 16:
+                # The other kernel, which would begin here if it were the faster.
+                tiles.append(FewRows(16, steps=1, warps=4))
         name = f"{n_in}x{n_out} {bits} bit g{options.group_size}, {rows} rows"
-        yield Case(name, "matmul/blocks.py, _TABLE", current, tiles, inputs, call, 5e-3)
+        yield Case(name, "matmul/blocks.py", current, tiles, inputs, call, 5e-3, in_float32)
 
 
-def matmul_tiles(current: MatmulBlocks, depth: int, n_in: int, group: int) -> list[MatmulBlocks]:
+def few_rows_tiles(current: FewRows, depth: int, n_in: int, group: int) -> list[FewRows]:
     """How much is in flight: steps of a round, rounds loaded ahead, warps; then columns, parts of k, and order."""
     whole = group >= n_in
     steps = [n for n in (1, 2, 4) if n == 1 or whole or group % (n * depth) == 0]
@@ -238,12 +250,37 @@ def matmul_tiles(current: MatmulBlocks, depth: int, n_in: int, group: int) -> li
     tiles = [
         dataclasses.replace(current, steps=n, ahead=ahead, x_ahead=x_ahead, unroll=unroll)
         for n, (ahead, x_ahead, unroll) in itertools.product(steps, flights)
-        if current.rows * n < 128 or ahead + x_ahead == 1  # more of 64 rows spills
     ]
     warps = [n for n in (current.warps // 2, 2 * current.warps) if 1 <= n <= 16]
     tiles += [dataclasses.replace(current, warps=n) for n in warps]
     tiles += [dataclasses.replace(current, rotate=not current.rotate), dataclasses.replace(current, split=2)]
-    return [*tiles, dataclasses.replace(current, **({"rows": 32} if current.rows == 64 else {"tiles": 2}))]
+    return [*tiles, dataclasses.replace(current, tiles=2)]
+
+
+def in_float32(x: jax.Array, stacks: Sequence[Any], index: jax.Array) -> jax.Array:
+    """The product of a layer by plain JAX, nothing rounded to 16 bits."""
+    return reference(x.astype(jnp.float32), *layer_of(stacks[0], None, index))
+
+
+# Rows, warps, halves and registers of a program.
+MANY_ROWS = {
+    16: ((16, 4, False, None), (16, 4, True, 80), (16, 8, False, None)),
+    32: ((32, 4, False, None), (32, 4, True, 96), (32, 8, False, None)),
+    64: ((64, 4, True, 168), (64, 4, True, None), (64, 4, False, None), (64, 8, True, None)),
+    128: ((64, 8, True, None), (64, 8, False, None), (64, 4, True, 168), (128, 4, True, None)),
+}
+
+
+def many_rows_tiles(current: ManyRows, bucket: int, layer: Layer) -> list[ManyRows]:
+    """Programs by the registers they take, in as many parts as the rule says; then other parts, and loads ahead."""
+    tiles = []
+    for rows, warps, halves, registers in MANY_ROWS[bucket]:
+        tile = dataclasses.replace(current, rows=rows, warps=warps, halves=halves, registers=registers)
+        split = shared_parts(tile, layer.rows, layer.n_in, layer.widths, layer.bits)
+        tiles.append(dataclasses.replace(tile, split=split))
+    parts = {current.split // 2, current.split * 2 // 3, current.split * 3 // 2, 2 * current.split} - {0}
+    tiles += [dataclasses.replace(current, split=split) for split in sorted(parts)]
+    return [*tiles, *(dataclasses.replace(current, stages=current.stages + more) for more in (-1, 1))]
 
 
 CASES: dict[str, Callable[[int, int, argparse.Namespace], Iterator[Case]]] = {

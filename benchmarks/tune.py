@@ -9,10 +9,12 @@ lotaqaf_jax/kernels/:
 * left, right (the two products of the adapters' gradients): gradient/blocks.py, tiles by the bytes of a value, how many
   programs share a sum by a rule;
 * transpose (dy of 8192 rows to float8 and transposed): float8/blocks.py;
-* matmul (the packed product of decoding): matmul/blocks.py, by bits and rows; the number of warps by a rule.
+* matmul (the packed product of decoding): matmul/blocks.py, by bits and rows; how many warps or programs share a sum
+  by a rule.
 
 The entry in use is marked with *. Every other one must give its result: bit for bit, or, where sums run in another
-order, to a relative error. Entries that do not compile, do not fit the card, or give something else are named last.
+order, to a relative error; all of matmul must give that of plain JAX in float32. Entries that do not compile, do not
+fit the card, or give something else are named last.
 Calls, inputs and time as in kernels.py. A tile that is best for one shape alone is seldom worth an entry: give several.
 """
 
@@ -72,8 +74,10 @@ def attempt(case: Case, blocks: Any, truth: Any) -> Result:
 
 def tune(case: Case) -> list[Result]:
     """All entries, the fastest first and those that failed last."""
-    # The entry in use must run: its failure is no candidate's.
-    truth = jax.device_get(program_of(case, case.current)()[0])
+    if case.truth is not None:
+        truth = jax.device_get(jax.jit(case.truth)(*case.inputs[0]))
+    else:  # The entry in use must run: its failure is no candidate's.
+        truth = jax.device_get(program_of(case, case.current)()[0])
     entries = list(dict.fromkeys([case.current, *case.candidates]))
     results = [attempt(case, blocks, truth) for blocks in entries]
     return sorted(results, key=lambda one: float("inf") if one.microseconds is None else one.microseconds)

@@ -33,6 +33,7 @@ def launch(
     num_warps: int,
     num_stages: int,
     fuse: bool = False,
+    registers: int | None = None,
     aliases: dict[int, int] | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
@@ -48,6 +49,8 @@ def launch(
         num_warps: warps of a program.
         num_stages: depth of software pipelining.
         fuse: whether a product and a sum may be contracted into one operation that rounds once.
+        registers: the most that a thread may take, or None for what the compiler likes; before jax-triton 0.4, always
+            that.
         aliases: {input: output} that share a buffer; the inputs before it are arrays.
         constants: the kernel's ``tl.constexpr`` parameters.
     """
@@ -76,12 +79,13 @@ def launch(
     aliases = aliases or {}
     names = kernel.arg_names[len(values) : len(values) + len(out)]
     order = sorted(range(len(out)), key=lambda i: i in aliases.values())
+    options: dict[str, Any] = {"enable_fp_fusion": fuse} | ({} if registers is None else {"maxnreg": registers})
     with warnings.catch_warnings():
         # Its replacement, a Ref, is no value that a custom_vjp or a scan could hand on.
         warnings.filterwarnings("ignore", message="input_output_aliases is deprecated", category=DeprecationWarning)
         results = call(
             out_type=[out[i] for i in order],
-            backend_options={"enable_fp_fusion": fuse},
+            backend_options=options,
             input_output_aliases={source: order.index(target) for source, target in aliases.items()},
             **{names[target]: 0 for target in aliases.values()},
         )

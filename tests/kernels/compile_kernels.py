@@ -39,7 +39,14 @@ def kind_of(value: Any) -> str:
 
 
 def record(
-    kernel: Any, *inputs: Any, out: Any, num_warps: int, num_stages: int, fuse: bool = False, **rest: Any
+    kernel: Any,
+    *inputs: Any,
+    out: Any,
+    num_warps: int,
+    num_stages: int,
+    fuse: bool = False,
+    registers: int | None = None,
+    **rest: Any,
 ) -> list[Any]:
     """Stands in for a launch: compiles, and returns zeros."""
     constants = {name: value for name, value in rest.items() if name not in ("grid", "aliases")}
@@ -54,7 +61,7 @@ def record(
     )
     # Ampere does not round to float8.
     for capability in (90,) if any(kind.startswith("*fp8") for kind in kinds.values()) else (90, 80):
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse, "maxnreg": registers}
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         name = kernel.fn.__name__
         compiled.append({"kernel": name, "capability": capability, "shared": built.metadata.shared})
@@ -79,7 +86,7 @@ def main() -> None:
         if gradient.fits_tiles(w):
             for dtype in (jnp.bfloat16, jnp.float32):
                 gradient.adapter_gradients(w, a, b, jnp.zeros(w.shape, dtype), omega=14.0, offset="reference")
-            for rows, weights in ((1, [w]), (64, [w]), (1, [w, narrow, narrow])):
+            for rows, weights in ((1, [w]), (64, [w]), (128, [w]), (1, [w, narrow, narrow])):
                 matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
     for batch, slots in ((64, 128), (1, 2048)):
         q, k = (jnp.zeros((batch, 1, n, 128), jnp.bfloat16) for n in (40, 8))

@@ -24,6 +24,8 @@ KERNELS = {
     "left_kernel",
     "right_kernel",
     "largest_kernel",
+    "matmul_kernel",
+    "many_rows_kernel",
     "add_norm_kernel",
 }
 SHARED_MEMORY = {90: 227 * 1024, 80: 163 * 1024}  # bytes that one program may ask for

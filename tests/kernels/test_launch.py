@@ -28,7 +28,7 @@ def install(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
-def run(aliases: dict[int, int] | None) -> list[jax.Array]:
+def run(aliases: dict[int, int] | None, registers: int | None = None) -> list[jax.Array]:
     return launch(
         kernel(),
         jnp.zeros(2),
@@ -38,6 +38,7 @@ def run(aliases: dict[int, int] | None) -> list[jax.Array]:
         num_warps=4,
         num_stages=1,
         fuse=True,
+        registers=registers,
         aliases=aliases,
         SIZE=2,
     )
@@ -50,7 +51,16 @@ def test_before_0_4_every_output_has_a_pointer(monkeypatch: pytest.MonkeyPatch) 
         return [jnp.zeros(s.shape) for s in out_shape]
 
     install(triton_call, monkeypatch)
-    assert [y.shape for y in run({0: 1})] == [(1,), (2,), (3,)]
+    assert [y.shape for y in run({0: 1}, registers=168)] == [(1,), (2,), (3,)]
+
+
+def test_from_0_4_on_registers_can_be_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def triton_call(*args: Any, out_type: Any = None, backend_options: Any, **rest: Any) -> Any:
+        assert backend_options == {"enable_fp_fusion": True, "maxnreg": 168}
+        return [jnp.zeros(s.shape) for s in out_type]
+
+    install(triton_call, monkeypatch)
+    assert len(run(None, registers=168)) == 3
 
 
 @pytest.mark.parametrize("aliases", [None, {0: 0}, {0: 1}, {0: 2}])

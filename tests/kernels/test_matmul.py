@@ -13,7 +13,7 @@ import pytest
 
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
-from lotaqaf_jax.kernels.matmul.blocks import MatmulBlocks, bucket_of, matmul_blocks, period_of
+from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, bucket_of, matmul_blocks, period_of
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.kernels.implementations import IMPLEMENTATIONS
 from tests.weights import Grid, quantized, random_numbers
@@ -80,6 +80,14 @@ CASES = (
     (Grid(8, 400, 41, 64), 5, jnp.float16, jnp.float16, jnp.float16),
     (Grid(8, 90, 33, 32), 33, jnp.float32, None, jnp.float16),  # 33 rows of 64
     (Grid(8, 90, 33, -1), 2, jnp.bfloat16, jnp.float32, jnp.float16),
+    # More than 8 rows.
+    (Grid(4, 512, 256, 64), 16, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),  # even, k shared between programs
+    (Grid(4, 576, 128, 64), 100, jnp.float16, jnp.float32, jnp.float16),  # rounds that programs do not share evenly
+    (Grid(2, 320, 41, 32), 16, jnp.bfloat16, None, jnp.float16),  # two groups in a step
+    (Grid(3, 400, 41, 32), 33, jnp.float16, jnp.float16, jnp.float16),  # four
+    (Grid(3, 400, 128, 64), 9, jnp.float32, None, jnp.float16),  # two, and three terms of x
+    (Grid(2, 200, 41, -1), 40, jnp.float16, jnp.float16, jnp.float32),
+    (Grid(8, 256, 128, 128), 64, jnp.bfloat16, jnp.float16, jnp.float16),
     # Not in one kernel: act-order, groups that are no periods, float32 with an offset, many rows.
     (Grid(4, 128, 33, 32, act_order=True), 2, jnp.float32, jnp.float16, jnp.float16),
     (Grid(4, 100, 33, 20), 2, jnp.float32, None, jnp.float16),
@@ -135,15 +143,18 @@ def test_a_row_is_the_same_in_any_company_of_its_bucket(implementation: str) -> 
 
 
 BLOCKS = (
-    MatmulBlocks(8, 1, warps=2, tiles=2, rotate=True, ahead=2, x_ahead=2, unroll=3),
-    MatmulBlocks(8, 2, warps=1, x_ahead=1, unroll=2),
-    MatmulBlocks(16, 2, warps=2, split=3),
+    FewRows(8, 1, warps=2, tiles=2, rotate=True, ahead=2, x_ahead=2, unroll=3),
+    FewRows(8, 2, warps=1, x_ahead=1, unroll=2),
+    FewRows(16, 2, warps=2, split=3),
+    ManyRows(16, 2, warps=1),
+    ManyRows(16, 1, warps=2, halves=True, split=3),
+    ManyRows(32, 2, warps=4, stages=2, split=4),
 )
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: f"{blocks.rows}-{blocks.steps}-{blocks.split}")
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 @pytest.mark.parametrize("grid", [Grid(4, 1024, 64, 64), Grid(4, 390, 41, 64)], ids=str)
-def test_blocks_change_the_order_of_the_sum_alone(grid: Grid, blocks: MatmulBlocks) -> None:
+def test_blocks_change_the_order_of_the_sum_alone(grid: Grid, blocks: FewRows | ManyRows) -> None:
     pytest.importorskip("triton")
     pytest.importorskip("torch")
     from lotaqaf_jax.kernels.matmul.gpu import fused
@@ -259,8 +270,8 @@ def test_what_differs_takes_a_launch_each(implementation: str, monkeypatch: pyte
     assert set(made) == ({1} if implementation == "triton" else set())
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=lambda blocks: f"{blocks.rows}-{blocks.steps}-{blocks.split}")
-def test_company_does_not_change_the_order_of_a_sum(blocks: MatmulBlocks) -> None:
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_company_does_not_change_the_order_of_a_sum(blocks: FewRows | ManyRows) -> None:
     """Where warps share k, programs start in different rounds, or the sum is split."""
     pytest.importorskip("triton")
     pytest.importorskip("torch")
@@ -307,6 +318,44 @@ def test_every_supported_layout_of_a_model_has_blocks() -> None:
     assert matmul_blocks(129, 5120, (13824,), 4, 64) is None
     assert matmul_blocks(1, 5120, (13824,), 4, 20) is None
     assert [bucket_of(rows) for rows in (1, 8, 9, 128, 129)] == [8, 8, 16, 128, None]
+
+
+def test_blocks_depend_on_rows_through_the_bucket_alone() -> None:
+    for few, many in ((1, 8), (9, 16), (17, 32), (33, 64), (65, 128)):
+        for width in (1024, 13824):
+            assert matmul_blocks(few, 5120, (width,), 4, 64) == matmul_blocks(many, 5120, (width,), 4, 64)
+
+
+def test_programs_for_many_rows_fill_the_card_and_its_shared_memory_alone() -> None:
+    for bits in (2, 3, 4, 8):
+        for group in (32, 64, 128, 5120):
+            for rows in (16, 32, 64, 128):
+                for terms in (1, 3):
+                    blocks = matmul_blocks(rows, 5120, (5120,), bits, group, terms)
+                    assert isinstance(blocks, ManyRows)
+                    assert blocks.stages >= 2
+                    values, words = period_of(bits)
+                    depth = 4 * values * blocks.steps
+                    assert group % depth == 0 or depth % group == 0
+                    x = terms * max(1, depth // group) * depth * blocks.rows * 2
+                    assert (blocks.stages - 1) * (x + 4 * words * blocks.steps * 4 * 32 * blocks.warps) < 110 * 1024
+                    programs = -(-rows // blocks.rows) * 5120 // (32 * blocks.warps)
+                    assert programs * blocks.split * blocks.warps >= 4 * 132
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_terms_of_a_prepared_float32_are_all_of_it(bits: int) -> None:
+    pytest.importorskip("triton")
+    from lotaqaf_jax.kernels.matmul.gpu import prepared
+
+    x = rows_of(3, 9, 200, dtype=jnp.float32)
+    out = prepared(x, bits, 2, (16, 256))
+    assert (out.shape, out.dtype) == ((3, 2, 16, 256), jnp.bfloat16)
+    whole = np.asarray(out, np.float64).sum(axis=(0, 1))
+    # The same numbers in another order, every one in one part, the rest zeros.
+    np.testing.assert_allclose(np.sort(np.abs(whole[:9]))[:, 56:], np.sort(np.abs(np.asarray(x))), rtol=2**-24)
+    assert not whole[9:].any()
+    assert (np.count_nonzero(np.asarray(out[2], np.float32), axis=0) <= 1).all()
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

@@ -1,8 +1,9 @@
-"""Sizes of the packed matmul's programs, apart from the kernel: a table by rows and width, a rule for the shape.
+"""Sizes of the packed matmul's programs, apart from its two kernels: tables by rows, rules for the shape.
 
-Measured on one H200, at 4 bit for all shapes, at 2, 3 and 8 bit for 5120 x 13824 and few rows. What a round of a warp
-waits for is latency, not bandwidth, so the numbers settle how much is in flight: words loaded rounds ahead, against
-warps that still fit the registers.
+Those for few rows were measured on one H200, at 4 bit for all shapes, at 2, 3 and 8 bit for 5120 x 13824. What a round
+of a warp waits for is latency, not bandwidth, so the numbers settle how much is in flight: words loaded rounds ahead,
+against warps that still fit the registers. Those for many rows follow from the registers and shared memory that the
+compiled kernel takes.
 """
 
 from __future__ import annotations
@@ -10,18 +11,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["BUCKETS", "MatmulBlocks", "bucket_of", "matmul_blocks", "period_of"]
+__all__ = [
+    "BUCKETS",
+    "FewRows",
+    "ManyRows",
+    "bucket_of",
+    "matmul_blocks",
+    "parts_of",
+    "period_of",
+    "resident_programs",
+    "shared_parts",
+]
 
 BUCKETS = (8, 16, 32, 64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class MatmulBlocks:
-    """One program: ``rows`` by 32 * ``tiles`` columns, ``warps`` that share k, ``steps`` of four periods in a round.
+class FewRows:
+    """One program of :mod:`.triton`: ``rows`` by 32 * ``tiles`` columns, ``warps`` that share k.
 
-    Words are loaded ``ahead`` (1 or 2) rounds before their use, x ``x_ahead`` (0 to 2); ``unroll`` rounds are written
-    out; with ``rotate`` programs start in different rounds; ``split`` programs share k between them, and their parts
-    are added by XLA.
+    A round of a warp is ``steps`` steps of four periods. Words are loaded ``ahead`` (1 or 2) rounds before their use, x
+    ``x_ahead`` (0 to 2); ``unroll`` rounds are written out; with ``rotate`` programs start in different rounds;
+    ``split`` programs share k between them, and their parts are added by XLA.
     """
 
     rows: int
@@ -35,31 +46,49 @@ class MatmulBlocks:
     split: int = 1
 
 
-# By bucket and bits. ``warps`` is filled in by the shape.
-_TABLE = {
-    (8, 2): MatmulBlocks(8, 1),
-    (8, 3): MatmulBlocks(8, 1),
-    (8, 4): MatmulBlocks(8, 2, ahead=2, x_ahead=1, unroll=3),
-    (8, 8): MatmulBlocks(8, 2, ahead=2, unroll=3),
-    (16, 2): MatmulBlocks(16, 1),
-    (16, 3): MatmulBlocks(16, 1),
-    (16, 4): MatmulBlocks(16, 2),
-    (16, 8): MatmulBlocks(16, 2),
-    (32, 2): MatmulBlocks(32, 1),
-    (32, 3): MatmulBlocks(32, 1),
-    (32, 4): MatmulBlocks(32, 1),
-    (32, 8): MatmulBlocks(32, 1),
-    (64, 2): MatmulBlocks(64, 1),
-    (64, 3): MatmulBlocks(32, 1),  # 32 values to a period: 64 rows of x do not fit the registers
-    (64, 4): MatmulBlocks(64, 2),
-    (64, 8): MatmulBlocks(64, 2),
-}
+@dataclasses.dataclass(frozen=True)
+class ManyRows:
+    """One program of :mod:`.many_rows`: ``rows`` by 32 * ``warps`` columns, ``steps`` of four periods in a round.
 
-# Warps that the card holds at once at the registers they take, by the rows of a program, and the warps of a program
-# where there are more programs than that. 132 multiprocessors of 64k registers.
-_RESIDENT = {8: 2112, 16: 2112, 32: 2112, 64: 1056}
-_CROWDED = {8: 4, 16: 4, 32: 4, 64: 4}
+    With ``halves`` its columns are multiplied in two halves, which takes fewer registers and a wait more. Loads run
+    ``stages`` - 1 rounds ahead; a thread may take ``registers``, where that is given; ``split`` programs share k
+    between them, and their parts are added by XLA.
+    """
+
+    rows: int
+    steps: int
+    warps: int = 4
+    halves: bool = False
+    stages: int = 4
+    registers: int | None = None
+    split: int = 1
+
+
+# By bits, for up to 8 rows. ``warps`` is filled in by the shape.
+_FEW = {
+    2: FewRows(8, 1),
+    3: FewRows(8, 1),
+    4: FewRows(8, 2, ahead=2, x_ahead=1, unroll=3),
+    8: FewRows(8, 2, ahead=2, unroll=3),
+}
+_RESIDENT_WARPS = 2112
+"""What the card holds of them at once at the registers they take: 132 multiprocessors of 64k."""
 _MOST_PARTS = 8
+
+# By bucket. ``split`` is filled in by the shape, ``steps``, ``stages`` and ``rows`` go down where they do not fit.
+_MANY = {
+    16: ManyRows(16, 2, stages=5),
+    32: ManyRows(32, 2, stages=5),
+    64: ManyRows(64, 2, halves=True, registers=168),
+    128: ManyRows(64, 2, warps=8, halves=True),
+}
+_DEPTH = 64
+"""Values of k in a round, or of a step where that is longer: the operands of more do not fit the registers."""
+_SHARED = 100 * 1024
+"""Bytes of shared memory for a program that loads ahead: two fit a multiprocessor."""
+_REGISTERS = {16: 112, 32: 128, 64: 184, 128: 255}
+"""Of a thread, by rows, as compiled for 4 bit."""
+_MULTIPROCESSORS = 132
 
 
 def period_of(bits: int) -> tuple[int, int]:
@@ -72,12 +101,20 @@ def bucket_of(rows: int) -> int | None:
     return next((bucket for bucket in BUCKETS if rows <= bucket), None)
 
 
-def matmul_blocks(rows: int, n_in: int, widths: Sequence[int], bits: int, group: int) -> MatmulBlocks | None:
+def parts_of(n_in: int, bits: int, group: int) -> int:
+    """Groups in a step of four periods; 1 where a step lies in one group of ``group`` rows."""
+    return max(1, 4 * period_of(bits)[0] // group) if group < n_in else 1
+
+
+def matmul_blocks(
+    rows: int, n_in: int, widths: Sequence[int], bits: int, group: int, terms: int = 1
+) -> FewRows | ManyRows | None:
     """The blocks for x (rows, n_in) and every W (n_in, width) of a launch; None where no blocks do.
 
-    ``group`` is the number of rows in a group. Only how k is shared depends on ``widths``, by the blocks of columns of
-    all weights together: what is resident at once does not ask whose columns a program works on.
-    A round of a warp must lie in one group, or a step must hold whole groups of whole periods.
+    ``group`` is the number of rows in a group, ``terms`` the number of 16-bit numbers that x is the sum of. Only how k
+    is shared depends on ``widths``, by the blocks of columns of all weights together: what is resident at once does not
+    ask whose columns a program works on.
+    A round must lie in one group, or a step must hold whole groups of whole periods.
     """
     bucket = bucket_of(rows)
     values, _ = period_of(bits)
@@ -85,29 +122,31 @@ def matmul_blocks(rows: int, n_in: int, widths: Sequence[int], bits: int, group:
     whole = group >= n_in or group % depth == 0
     if bucket is None or not (whole or (depth % group == 0 and group % values == 0)):
         return None
-    blocks = _TABLE[min(bucket, 64), bits]
+    if bucket > 8:
+        return _many_rows(bucket, n_in, widths, bits, group, terms)
+    blocks = _FEW[bits]
     longer = 2 * blocks.steps
-    if bucket == 8 and bits == 4 and (group >= n_in or group % (longer * depth) == 0):
+    if bits == 4 and (group >= n_in or group % (longer * depth) == 0):
         # Groups that let a round be twice as long need not look two rounds ahead.
         blocks = dataclasses.replace(blocks, steps=longer, ahead=1, x_ahead=0, unroll=1)
     while blocks.steps > 1 and group < n_in and group % (blocks.steps * depth):
         blocks = dataclasses.replace(blocks, steps=blocks.steps // 2)
-    if bucket == 8 and len(widths) == 1:
-        blocks = _shared(blocks, depth, n_in, widths[0])
+    if len(widths) == 1:
+        blocks = _narrow(blocks, depth, n_in, widths[0])
         if blocks.split > 1:
             return blocks
     return dataclasses.replace(blocks, warps=_warps(blocks, depth, n_in, widths))
 
 
-def _shared(blocks: MatmulBlocks, depth: int, n_in: int, n_out: int) -> MatmulBlocks:
+def _narrow(blocks: FewRows, depth: int, n_in: int, n_out: int) -> FewRows:
     """k shared between as many programs of two warps as are resident at once, if their rounds come out even.
 
     For a weight of its own that is too narrow to fill the card with programs of four warps: 160 larger ones on 132
     multiprocessors take the time of two in a row. XLA makes the sum of the parts, a few float32 rows, part of what
     comes next; for several weights it would be several sums.
     """
-    columns, resident = -(-n_out // (32 * blocks.tiles)), _RESIDENT[blocks.rows]
-    most = min(_MOST_PARTS, resident // (2 * columns)) if 4 * columns < 0.8 * resident else 1
+    columns = -(-n_out // (32 * blocks.tiles))
+    most = min(_MOST_PARTS, _RESIDENT_WARPS // (2 * columns)) if 4 * columns < 0.8 * _RESIDENT_WARPS else 1
     for split in range(most, 1, -1):
         rounds, rest = divmod(n_in, depth * blocks.steps * 2 * split)
         if rest == 0 and rounds >= 4:
@@ -115,15 +154,59 @@ def _shared(blocks: MatmulBlocks, depth: int, n_in: int, n_out: int) -> MatmulBl
     return blocks
 
 
-def _warps(blocks: MatmulBlocks, depth: int, n_in: int, widths: Sequence[int]) -> int:
-    """As many as are resident at once, 2 to 16, while each still has 8 rounds."""
+def _warps(blocks: FewRows, depth: int, n_in: int, widths: Sequence[int]) -> int:
+    """As many as are resident at once, 4 to 16, while each still has 8 rounds."""
     programs = sum(-(-n_out // (32 * blocks.tiles)) for n_out in widths)
-    resident = _RESIDENT[blocks.rows]
-    least = 2 if blocks.rows == 64 else 4
-    if programs * least > resident:
-        return _CROWDED[blocks.rows]
-    warps = least
+    warps = 4
     rounds = n_in // (depth * blocks.steps)
-    while 2 * warps * programs <= resident and 2 * warps <= 16 and rounds >= 16 * warps:
+    while 2 * warps * programs <= _RESIDENT_WARPS and 2 * warps <= 16 and rounds >= 16 * warps:
         warps *= 2
     return warps
+
+
+def _many_rows(bucket: int, n_in: int, widths: Sequence[int], bits: int, group: int, terms: int) -> ManyRows:
+    depth = 4 * period_of(bits)[0]
+    parts = parts_of(n_in, bits, group)
+    blocks = _MANY[bucket]
+    steps = max(1, _DEPTH // depth)
+    while steps > 1 and group < n_in and group % (steps * depth):
+        steps //= 2
+    blocks = dataclasses.replace(blocks, steps=steps)
+    if depth > _DEPTH or parts * terms > 1:
+        blocks = dataclasses.replace(blocks, registers=None)  # the bound would spill
+    while blocks.rows > 16 and _shared(blocks, bits, parts * terms) > _SHARED * 2 // 3:
+        blocks = dataclasses.replace(blocks, rows=blocks.rows // 2)
+    while blocks.stages > 2 and (blocks.stages - 1) * _shared(blocks, bits, parts * terms) > _SHARED:
+        blocks = dataclasses.replace(blocks, stages=blocks.stages - 1)
+    return dataclasses.replace(blocks, split=shared_parts(blocks, bucket, n_in, widths, bits))
+
+
+def _shared(blocks: ManyRows, bits: int, copies: int) -> int:
+    """Bytes of a round: words, zeros, scales and offset of every column, and all copies of x."""
+    values, words = period_of(bits)
+    columns = 32 * blocks.warps
+    return blocks.steps * 4 * (4 * words * columns + 2 * values * copies * blocks.rows) + 4 * 9 * columns
+
+
+def resident_programs(blocks: ManyRows) -> int:
+    """How many the card holds at once, by the registers of their threads."""
+    registers = blocks.registers or _REGISTERS[blocks.rows]
+    return _MULTIPROCESSORS * max(1, 2048 // (registers * blocks.warps))
+
+
+def shared_parts(blocks: ManyRows, rows: int, n_in: int, widths: Sequence[int], bits: int) -> int:
+    """How many programs share k: what makes the sum of all rounds, one behind the other, and of adding parts shortest.
+
+    A program costs about four rounds more than its own.
+    """
+    columns = sum(-(-n_out // (32 * blocks.warps)) for n_out in widths)
+    programs = columns * -(-rows // blocks.rows)
+    rounds = -(-n_in // (blocks.steps * 4 * period_of(bits)[0]))
+    resident = resident_programs(blocks)
+
+    def seconds(split: int) -> float:
+        in_turn = -(-programs * split // resident) * (-(-rounds // split) + 4)
+        adding = 1.5e-6 + split * rows * sum(widths) * 2e-12 if split > 1 else 0.0
+        return in_turn * 8e-7 + adding
+
+    return min(range(1, 17), key=seconds)
