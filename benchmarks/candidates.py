@@ -233,17 +233,18 @@ def matmul(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]
         tiles: list[Any]
         if isinstance(current, FewRows):
             tiles = few_rows_tiles(current, 4 * matmul_period_of(bits)[0], n_in, group)
+            if current.rows == 16:
+                # The other kernel, which would begin here if it were the faster.
+                other = ManyRows(16, steps=current.steps, stages=5)
+                tiles.append(dataclasses.replace(other, split=shared_parts(other, rows, n_in, (n_out,), bits)))
         else:
             tiles = many_rows_tiles(current, bucket_of(rows) or 0, layer)
-            if rows <= 16:
-                # The other kernel, which would begin here if it were the faster.
-                tiles.append(FewRows(16, steps=1, warps=4))
         name = f"{n_in}x{n_out} {bits} bit g{options.group_size}, {rows} rows"
         yield Case(name, "matmul/blocks.py", current, tiles, inputs, call, 5e-3, in_float32)
 
 
 def few_rows_tiles(current: FewRows, depth: int, n_in: int, group: int) -> list[FewRows]:
-    """How much is in flight: steps of a round, rounds loaded ahead, warps; then columns, parts of k, and order."""
+    """How much is in flight: steps of a round, rounds loaded ahead, warps; then parts of k, order, and columns."""
     whole = group >= n_in
     steps = [n for n in (1, 2, 4) if n == 1 or whole or group % (n * depth) == 0]
     flights = ((1, 0, 1), (1, 1, 2), (2, 0, 3), (2, 1, 3))
@@ -253,7 +254,9 @@ def few_rows_tiles(current: FewRows, depth: int, n_in: int, group: int) -> list[
     ]
     warps = [n for n in (current.warps // 2, 2 * current.warps) if 1 <= n <= 16]
     tiles += [dataclasses.replace(current, warps=n) for n in warps]
-    tiles += [dataclasses.replace(current, rotate=not current.rotate), dataclasses.replace(current, split=2)]
+    parts = {1, 2, current.split - 1, current.split + 1, 2 * current.split} - {0, current.split}
+    tiles += [dataclasses.replace(current, split=split) for split in sorted(parts)]
+    tiles += [dataclasses.replace(current, rotate=not current.rotate)]
     return [*tiles, dataclasses.replace(current, tiles=2)]
 
 
@@ -264,7 +267,6 @@ def in_float32(x: jax.Array, stacks: Sequence[Any], index: jax.Array) -> jax.Arr
 
 # Rows, warps, halves and registers of a program.
 MANY_ROWS = {
-    16: ((16, 4, False, None), (16, 4, True, 80), (16, 8, False, None)),
     32: ((32, 4, False, None), (32, 4, True, 96), (32, 8, False, None)),
     64: ((64, 4, True, 168), (64, 4, True, None), (64, 4, False, None), (64, 8, True, None)),
     128: ((64, 8, True, None), (64, 8, False, None), (64, 4, True, 168), (128, 4, True, None)),

@@ -285,9 +285,10 @@ def test_company_does_not_change_the_order_of_a_sum(blocks: FewRows | ManyRows) 
 
 
 def test_warps_go_by_the_columns_of_a_launch() -> None:
-    several, one = (matmul_blocks(16, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (7168,)))
-    assert several == one
-    assert matmul_blocks(16, 5120, (5120, 5120), 4, 64) != matmul_blocks(16, 5120, (5120,), 4, 64)
+    for rows in (1, 16, 64):
+        some, others = (matmul_blocks(rows, 5120, widths, 4, 64) for widths in ((5120, 1024, 1024), (6144, 1024)))
+        assert some == others
+        assert matmul_blocks(rows, 5120, (1024, 1024), 4, 64) != matmul_blocks(rows, 5120, (13824, 13824), 4, 64)
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(13824, 5120), (5120, 5120), (5120, 1024), (28672, 8192), (4096, 4096)])
@@ -329,7 +330,7 @@ def test_blocks_depend_on_rows_through_the_bucket_alone() -> None:
 def test_programs_for_many_rows_fill_the_card_and_its_shared_memory_alone() -> None:
     for bits in (2, 3, 4, 8):
         for group in (32, 64, 128, 5120):
-            for rows in (16, 32, 64, 128):
+            for rows in (32, 64, 128):
                 for terms in (1, 3):
                     blocks = matmul_blocks(rows, 5120, (5120,), bits, group, terms)
                     assert isinstance(blocks, ManyRows)

@@ -3,7 +3,7 @@
 Those for few rows were measured on one H200, at 4 bit for all shapes, at 2, 3 and 8 bit for 5120 x 13824. What a round
 of a warp waits for is latency, not bandwidth, so the numbers settle how much is in flight: words loaded rounds ahead,
 against warps that still fit the registers. Those for many rows follow from the registers and shared memory that the
-compiled kernel takes.
+compiled kernel takes, and were measured at 4 bit for 5120 x 13824 and 13824 x 5120; at 16 rows they lose to the others.
 """
 
 from __future__ import annotations
@@ -64,20 +64,24 @@ class ManyRows:
     split: int = 1
 
 
-# By bits, for up to 8 rows. ``warps`` is filled in by the shape.
+# By bucket and bits. ``warps`` is filled in by the shape.
 _FEW = {
-    2: FewRows(8, 1),
-    3: FewRows(8, 1),
-    4: FewRows(8, 2, ahead=2, x_ahead=1, unroll=3),
-    8: FewRows(8, 2, ahead=2, unroll=3),
+    (8, 2): FewRows(8, 1),
+    (8, 3): FewRows(8, 1),
+    (8, 4): FewRows(8, 2, ahead=2, x_ahead=1, unroll=3),
+    (8, 8): FewRows(8, 2, ahead=2, unroll=3),
+    (16, 2): FewRows(16, 1),
+    (16, 3): FewRows(16, 1),
+    (16, 4): FewRows(16, 2),
+    (16, 8): FewRows(16, 2),
 }
 _RESIDENT_WARPS = 2112
 """What the card holds of them at once at the registers they take: 132 multiprocessors of 64k."""
 _MOST_PARTS = 8
 
-# By bucket. ``split`` is filled in by the shape, ``steps``, ``stages`` and ``rows`` go down where they do not fit.
+# By bucket, beyond 16 rows. ``split`` is filled in by the shape; ``steps``, ``stages`` and ``rows`` go down where they do
+# not fit.
 _MANY = {
-    16: ManyRows(16, 2, stages=5),
     32: ManyRows(32, 2, stages=5),
     64: ManyRows(64, 2, halves=True, registers=168),
     128: ManyRows(64, 2, warps=8, halves=True),
@@ -122,11 +126,11 @@ def matmul_blocks(
     whole = group >= n_in or group % depth == 0
     if bucket is None or not (whole or (depth % group == 0 and group % values == 0)):
         return None
-    if bucket > 8:
+    if bucket > 16:
         return _many_rows(bucket, n_in, widths, bits, group, terms)
-    blocks = _FEW[bits]
+    blocks = _FEW[bucket, bits]
     longer = 2 * blocks.steps
-    if bits == 4 and (group >= n_in or group % (longer * depth) == 0):
+    if bucket == 8 and bits == 4 and (group >= n_in or group % (longer * depth) == 0):
         # Groups that let a round be twice as long need not look two rounds ahead.
         blocks = dataclasses.replace(blocks, steps=longer, ahead=1, x_ahead=0, unroll=1)
     while blocks.steps > 1 and group < n_in and group % (blocks.steps * depth):

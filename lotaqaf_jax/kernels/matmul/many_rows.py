@@ -1,4 +1,4 @@
-"""Triton kernel of the packed matmul for more than 8 rows: y = x @ s * (q - z + mu), the weights from their words.
+"""Triton kernel of the packed matmul for more than 16 rows: y = x @ s * (q - z + mu), the weights from their words.
 
 Here x is too large for every warp to read all of it, as the warps of :mod:`.triton` do. Those of a program share it:
 each has columns of its own and all k, W^T is the left operand, straight from registers, and x^T the right one, in

@@ -1,4 +1,4 @@
-"""Triton kernel of the packed matmul for up to 8 rows: y = x @ s * (q - z + mu), the weights from their words.
+"""Triton kernel of the packed matmul for up to 16 rows: y = x @ s * (q - z + mu), the weights from their words.
 
 The weights are the left operand of the tensor cores, W^T @ x^T, and no operand passes through shared memory. A warp
 loads words so that they lie where the operand's fragments lie: lane 4a + p holds four neighbouring columns, 4a to
