@@ -79,8 +79,8 @@ _RESIDENT_WARPS = 2112
 """What the card holds of them at once at the registers they take: 132 multiprocessors of 64k."""
 _MOST_PARTS = 8
 
-# By bucket, beyond 16 rows. ``split`` is filled in by the shape; ``steps``, ``stages`` and ``rows`` go down where they do
-# not fit.
+# By bucket, beyond 16 rows. ``split`` is filled in by the shape; ``steps``, ``stages`` and ``rows`` go down where they
+# do not fit.
 _MANY = {
     32: ManyRows(32, 2, stages=5),
     64: ManyRows(64, 2, halves=True, registers=168),
