@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def generate(
     batch, new = len(ids), int(limit.max())
     fill = (0, bucket(batch, 1) - batch)
     ids = np.pad(ids, (fill, (0, bucket(ids.shape[1], 16, 4) - ids.shape[1])))
-    result = _generate(
+    result = _program(model)(
         *nnx.split(model),
         ids.astype(np.int32),
         np.pad(length, fill, constant_values=1).astype(np.int32),
@@ -182,8 +183,13 @@ class _Written:
     log_probs: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="new")
-def _generate(
+def _program(model: Decoder) -> Any:
+    """:func:`_generate`, or on a GPU, where layers hold 16-bit weights, the same compiled otherwise."""
+    dense = any(linear.quant is None for layer in model.spec.layers for _, linear in layer)
+    return _of_dense_layers() if dense and jax.default_backend() == "gpu" else _generate
+
+
+def _written_tokens(
     graph: nnx.GraphDef,
     state: nnx.State,
     input_ids: jax.Array,
@@ -246,3 +252,16 @@ def _generate(
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     written, _ = jax.lax.while_loop(go_on, extend, (choose(last, nothing), caches))
     return written.tokens, written.lengths, written.log_probs
+
+
+_generate = jax.jit(_written_tokens, static_argnums=0, static_argnames="new")
+
+
+@functools.cache
+def _of_dense_layers() -> Any:
+    """:func:`_generate` with all products by cuBLAS, which read a layer's weights where the stack holds them.
+
+    XLA's own kernels would have each copied out of the stack first, at twice the bytes of the product.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False}
+    return jax.jit(_written_tokens, static_argnums=0, static_argnames="new", compiler_options=options)

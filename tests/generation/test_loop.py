@@ -13,9 +13,9 @@ from flax import nnx
 
 from lotaqaf_jax.errors import ConfigError, DataError
 from lotaqaf_jax.generation import GenerationResult, generate
-from lotaqaf_jax.generation.loop import _generate, bucket
+from lotaqaf_jax.generation.loop import _generate, _program, bucket
 from lotaqaf_jax.generation.sampling import Sampling
-from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters, dense_spec, merge
+from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters, dense_spec, init_decoder, merge
 from lotaqaf_jax.models.cache import KVCache
 from tests.models.tiny import CONFIG, fill_decoder, quantized_decoder, set_random_adapters
 
@@ -192,6 +192,19 @@ def test_settings_compile_nothing_anew(model: Decoder, greedy: GenerationResult)
         run(model, **settings)
     run(model, (2, 16, 8, 3))
     assert _generate._cache_size() == compiled
+
+
+def test_on_a_gpu_dense_layers_are_compiled_otherwise(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = init_decoder(QWEN2, jax.random.key(0))
+    assert _program(dense) is _generate
+    expected = run(dense)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert _program(model) is _generate
+    otherwise = _program(dense)
+    assert _program(two_segments()) is otherwise is not _generate
+    monkeypatch.undo()
+    monkeypatch.setattr("lotaqaf_jax.generation.loop._program", lambda model: otherwise)
+    np.testing.assert_array_equal(run(dense).tokens, expected.tokens)
 
 
 def test_sizes_are_few_and_never_much_larger() -> None:
