@@ -158,10 +158,12 @@ def check_attention(number: int) -> tuple[bool, str]:
     valid[1::2, slots // 2 :] = False
     valid[:, slot] = True
     # Plain JAX op by op: within a program XLA contracts the rotation into operations that round otherwise.
-    truth = cached_attention(q, k, v, rope, keys, values, jnp.asarray(valid), layer, slot, implementation="xla")
+    marked = valid.copy()
+    truth = cached_attention(q, k, v, rope, keys, values, jnp.asarray(marked), layer, slot, implementation="xla")
+    valid &= np.arange(slots) <= slot
     exact = _attention(*jax.device_get((apply_rope(q, *rope), truth[1][layer], truth[2][layer])), valid)
     run = jax.jit(functools.partial(cached_attention, implementation="triton"), donate_argnums=(4, 5))
-    found = run(q, k, v, rope, keys, values, jnp.asarray(valid), jnp.int32(layer), jnp.int32(slot))
+    found = run(q, k, v, rope, keys, values, jnp.asarray(marked), jnp.int32(layer), jnp.int32(slot))
     error = relative_error(found[0], exact)
     wrong = [name for i, name in ((1, "keys"), (2, "values")) if not _equal(found[i], truth[i])]
     wrong += [] if error <= TOLERANCE[kind] else ["attention"]

@@ -40,7 +40,13 @@ def truth(q: jax.Array, keys: jax.Array, values: jax.Array, valid: np.ndarray) -
 
 
 # (batch, heads, kv_heads, slots, head_dim), slot: slots in one part, in several, with a rest, one head of each kind.
-SIZES = [((2, 6, 2, 5, 16), 0), ((1, 10, 2, 600, 32), 444), ((3, 4, 4, 130, 16), 129), ((1, 2, 1, 1024, 16), 511)]
+SIZES = [
+    ((2, 6, 2, 5, 16), 0),
+    ((2, 6, 2, 70, 16), 64),
+    ((1, 10, 2, 600, 32), 444),
+    ((3, 4, 4, 130, 16), 129),
+    ((1, 2, 1, 1024, 16), 511),
+]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -56,9 +62,9 @@ def test_the_new_token_is_taken_in_and_the_valid_slots_of_the_layer_count(
     valid = np.random.default_rng(6).random((batch, slots)) < 0.5
     valid[:, slots // 2 :] &= np.arange(batch)[:, None] % 2 == 1  # every other row has nothing in its second half
     # What lies in the other slots is not looked at by the kernel; plain JAX multiplies it by 0. Nor is what the new
-    # token's slot held before.
-    valid[:, slot] = False
-    hidden = jnp.where(valid[None, :, None, :, None], 0, jnp.nan).astype(dtype)
+    # token's slot held before, nor anything behind it, although marked.
+    before = valid & (np.arange(slots) < slot)
+    hidden = jnp.where(before[None, :, None, :, None], 0, jnp.nan).astype(dtype)
     kernel = implementation == "triton" and dtype != jnp.float32
     valid[:, slot] = True
     given = values + hidden if kernel else values
@@ -71,11 +77,12 @@ def test_the_new_token_is_taken_in_and_the_valid_slots_of_the_layer_count(
     np.testing.assert_allclose(
         written, np.asarray(turned, np.float64)[:, 0], rtol=float(jnp.finfo(dtype).eps), atol=1e-6
     )
-    for cache, before, new in ((caches[0], keys, caches[0][1, :, :, slot]), (caches[1], given, v[:, 0])):
+    for cache, held, new in ((caches[0], keys, caches[0][1, :, :, slot]), (caches[1], given, v[:, 0])):
         assert cache.dtype == dtype
-        expected = before.at[1, :, :, slot].set(new)
+        expected = held.at[1, :, :, slot].set(new)
         np.testing.assert_array_equal(*(np.asarray(array, np.float32) for array in (cache, expected)))
     values = values.at[1, :, :, slot].set(v[:, 0])
+    valid = before | (np.arange(slots) == slot)
     error = np.abs(np.asarray(found, np.float64) - truth(rotated(q, angles), caches[0][1], values[1], valid)).max()
     assert error <= {2: 3e-2 if dtype == jnp.bfloat16 else 3e-3, 4: 1e-5}[q.dtype.itemsize]
 
@@ -102,10 +109,10 @@ def test_several_new_tokens_are_left_to_plain_jax() -> None:
     keys, values = (numbers(seed, 1, 2, 2, 9, 16, dtype=jnp.float32) for seed in (3, 4))
     angles = np.random.default_rng(5).random((2, 3, 1, 8))
     rope = (jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
-    valid = np.ones((2, 9), bool)
+    valid = np.arange(9) < np.full((2, 1), 7)
     turned = [jnp.swapaxes(x, 1, 2) for x in (rotated(k, angles), v)]
     held = [cache[0].at[:, :, 4:7].set(new) for cache, new in zip((keys, values), turned, strict=True)]
-    for marks in (jnp.asarray(valid), jnp.asarray(valid, jnp.int8)):
+    for marks in (jnp.asarray(valid), jnp.ones((2, 9), jnp.int8)):
         found, *caches = cached_attention(q, k, v, rope, keys, values, marks, 0, 4)
         np.testing.assert_allclose(found, truth(rotated(q, angles), *held, valid), atol=1e-5)
         for cache, expected in zip(caches, held, strict=True):

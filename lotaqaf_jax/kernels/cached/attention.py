@@ -25,7 +25,7 @@ def cached_attention(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """softmax(rope(q) keys^T / sqrt(head_dim)) values over the valid slots of one layer, the softmax in float32.
+    """softmax(rope(q) keys^T / sqrt(head_dim)) values over one layer's valid slots up to the new ones, in float32.
 
     Before that rope(k), rounded to the type of ``keys``, and v go to the slots from ``slot`` on. Query head h attends
     to key/value head h // (heads / kv_heads), which is never repeated in memory. On a card, for one new token a row in
@@ -39,8 +39,9 @@ def cached_attention(
         rope: cosine and sine, (batch, length, 1, head_dim/2) float32.
         keys: (layers, batch, kv_heads, slots, head_dim).
         values: likewise.
-        valid: (batch, slots) bool, True where the row's slot holds a token to attend to, the new ones among them. Or
-            int8, which the kernel reads as it is: a loop over layers converts once.
+        valid: (batch, slots) bool, True where the row's slot holds a token to attend to, the new ones among them;
+            what is marked behind these does not count. Or int8, which the kernel reads as it is: a loop over layers
+            converts once.
         layer: () int32, which layer.
         slot: () int32, at least 0 and at most slots - length.
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
@@ -57,6 +58,7 @@ def cached_attention(
         return gpu.attention(q, k, v, rope, keys, values, valid, layer, slot)
     keys, values = write(keys, apply_rope(k, *rope), layer, slot), write(values, v, layer, slot)
     of_layer = [jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (keys, values)]
+    valid = valid.astype(bool) & (jnp.arange(keys.shape[3]) < slot + q.shape[1])
     return reference(apply_rope(q, *rope), of_layer[0], of_layer[1], valid), keys, values
 
 
@@ -84,7 +86,7 @@ def reference(q: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array
         keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
     grouped = q.astype(keys.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("blkgd,bksd->bkgls", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(valid.astype(bool)[:, None, None, None, :], scores * head_dim**-0.5, -jnp.inf)
+    scores = jnp.where(valid[:, None, None, None, :], scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     mixed = jnp.einsum("bkgls,bksd->blkgd", weights, values, preferred_element_type=jnp.float32)
     return mixed.reshape(q.shape).astype(q.dtype)

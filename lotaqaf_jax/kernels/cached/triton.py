@@ -17,6 +17,7 @@ def attention_kernel(
 ):  # fmt: skip
     """ROUNDS blocks of slots of one (row, key head) pair, by the running softmax; with SPLIT > 1 a part of the pair's.
 
+    Fewer, if the new token is in an earlier block: nothing is behind it.
     The first program of a pair rotates the new key, writes it and the new value to their slot, in the caches that were
     passed in, and begins its softmax with them. Programs run in any order, so nobody reads that slot. Compiled without
     contraction, a rotation rounds as written.
@@ -59,11 +60,12 @@ def attention_kernel(
         total += 1.0
         mixed += v.to(tl.float32)[None, :]
 
-    if INTERPRET:  # which has no product of bfloat16
+    if INTERPRET:  # which has no product of bfloat16, and no loop over as many rounds as a tensor says
         q = q.to(tl.float32)
-    for i in range(ROUNDS):
+    rounds = tl.minimum(ROUNDS, new // BLOCK + 1 - tl.program_id(1) * ROUNDS)
+    for i in range(ROUNDS if INTERPRET else rounds):
         slot = (tl.program_id(1) * ROUNDS + i) * BLOCK + tl.arange(0, BLOCK)
-        valid = (tl.load(valid_ptr + slot, mask=slot < SLOTS, other=0) != 0) & (slot != new)
+        valid = (tl.load(valid_ptr + slot, mask=slot < SLOTS, other=0) != 0) & (slot < new)
         k = tl.load(keys_ptr + slot[:, None] * SIZE + c[None, :], mask=valid[:, None], other=0.0)
         v = tl.load(values_ptr + slot[:, None] * SIZE + c[None, :], mask=valid[:, None], other=0.0)
         if INTERPRET:
