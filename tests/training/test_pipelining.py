@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import time
+import threading
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,11 @@ import pytest
 
 from lotaqaf_jax.errors import TrainingError
 from lotaqaf_jax.models import Decoder
-from lotaqaf_jax.training import Stopped, compilation
+from lotaqaf_jax.training import Stopped, compilation, results
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.feed import Feed
 from lotaqaf_jax.training.log import read_log
+from lotaqaf_jax.training.results import Results
 from lotaqaf_jax.training.step import Metrics
 from tests.training.test_loop import adapters, comparable, data_of, run, settings
 from tests.training.watch import TENSOR, Watch, spoiled
@@ -150,32 +151,42 @@ def test_a_run_that_dies_or_is_stopped_goes_on_at_its_place_in_the_data(
 
 
 def test_tokens_per_second_are_of_results_not_of_queued_steps(
-    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path, watch: Watch
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a device that gives a step's results 0.25 s after those of the step before."""
-    seconds, before = 0.25, jax.numpy.float32(0)
+    """On a clock of its own: a step's results take 0.25 s, from when those of the step before have been read."""
+    seconds, now, begun, read = 0.25, 0.0, 0, threading.Semaphore(1)
 
-    def pause(loss: Any, before: Any) -> Any:
-        time.sleep(seconds)
+    def take(loss: Any, before: Any) -> Any:
+        nonlocal now, begun
+        begun += 1
+        assert read.acquire(timeout=60), f"the results of step {begun - 1} wait for those of step {begun}"
+        now += seconds
         return np.asarray(loss)
 
-    scalar = jax.ShapeDtypeStruct((), np.float32)
-    slow = jax.jit(lambda loss, before: jax.pure_callback(pause, scalar, loss, before))
+    scalar, before = jax.ShapeDtypeStruct((), np.float32), jax.numpy.float32(0)
+    slow = jax.jit(lambda loss, before: jax.pure_callback(take, scalar, loss, before))
 
     def late(metrics: Metrics) -> Metrics:
         nonlocal before
         before = slow(metrics.loss, before)
         return dataclasses.replace(metrics, loss=before)
 
+    def noted(self: Results, one: Any) -> None:
+        plain(self, one)
+        read.release()
+
+    plain = Results._read
+    monkeypatch.setattr(Results, "_read", noted)
+    monkeypatch.setattr(results, "time", SimpleNamespace(perf_counter=lambda: now))
     watch.change = dict.fromkeys(range(1, 9), late)
     # A look restarts the clock with nothing queued: there, counting queued steps would count the next one as done.
     config = settings(tiny_gptq, rows, tmp_path / "out", eval_steps=2)
     run(adapted, config, evaluate=lambda model, title: {"loss": 1.0})
-    tokens = max(int((batch["segment_ids"] > 0).sum()) for batch in islice(data_of(config).train, 8))
+    tokens = [int((batch["segment_ids"] > 0).sum()) for batch in islice(data_of(config).train, 8)]
     rates = [one["tokens_per_second"] for one in read_log(tmp_path / "out" / "trainer_log.jsonl") if "loss" in one]
-    assert rates[0] is None
-    # A step that is counted before it is done makes it twice as many; a busy host may read one late, by less than that.
-    assert all(0 < rate <= 1.6 * tokens / seconds for rate in rates[1:])
+    rates = [rate for rate in rates if rate is not None]
+    assert rates == [pytest.approx(count / seconds, abs=0.1) for count in tokens[-len(rates) :]]
+    assert len(rates) == 7
 
 
 @pytest.mark.parametrize("depth", [1, 2])
