@@ -21,7 +21,6 @@ from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.feed import Feed
 from lotaqaf_jax.training.log import read_log
 from lotaqaf_jax.training.results import Results
-from lotaqaf_jax.training.step import Metrics
 from tests.training.test_loop import adapters, comparable, data_of, run, settings
 from tests.training.watch import TENSOR, Watch, spoiled
 
