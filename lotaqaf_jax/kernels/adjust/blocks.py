@@ -47,7 +47,7 @@ _PLAIN = {
 }
 MOST_PERIODS = 64
 
-# At 3 bit that of 4 bit, whose instructions it has but for a few; not measured. Of at least 16 periods, which products sum over; more where a group has more.
+# Of at least 16 periods, which products sum over; more where a group has more. At 3 bit as at 4, not measured.
 _PACKED = {bits: AdjustBlocks(16, 64, 4) for bits in (2, 3, 4)} | {8: AdjustBlocks(32, 64, 4)}
 MOST_PACKED_ROWS = 256
 
