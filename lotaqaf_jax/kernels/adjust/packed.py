@@ -6,8 +6,8 @@ What lies in a thread then is, for a few columns, all values of pairs of neighbo
 hold them; groups have whole pairs. Sums over a group are products with ones, which leave every period its group's sum,
 so that mu and the weight follow without anything being moved between threads.
 
-A period is a word, and at 3 bit 8 values in 24 bits, so that four periods are three words: of the two words of a pair
-the next, or the last, pair holds a part. Both read it; to store it, merged, takes an exchange between threads.
+A period is a word. At 3 bit it is 24 bits, which hold 8 values, so that two pairs have three words and share the middle
+one: both read it, and to put merged words together threads exchange halves.
 
 Merged words come out of the same code as the weight, and round as :mod:`.triton` does. Its instructions on pairs are
 inline assembly, for which Triton's interpreter computes the same halves apart (INTERPRET); on a card
