@@ -25,6 +25,7 @@ from lotaqaf_jax.kernels.adjust.blocks import (
     dequantize_blocks,
     merge_blocks,
     packed_blocks,
+    packed_values,
     period_of,
 )
 from lotaqaf_jax.kernels.adjust.gpu import adjusted, dequantized, merged
@@ -72,8 +73,8 @@ def adjust_inputs(n_in: int, n_out: int, bits: int, options: argparse.Namespace)
 
 def step_tiles(bits: int, options: argparse.Namespace) -> tuple[AdjustBlocks | None, list[AdjustBlocks]]:
     """The tile of the kernel that takes the steps, and others: packed where that kernel runs, plain elsewhere."""
-    values, _ = period_of(bits)
     packs = can_pack(bits, options.rank)
+    values = packed_values(bits) if packs else period_of(bits)[0]
     current = (packed_blocks if packs else merge_blocks)(bits, options.group_size)
     if current is None:
         return None, []
@@ -88,7 +89,7 @@ def step_tiles(bits: int, options: argparse.Namespace) -> tuple[AdjustBlocks | N
 
 
 def packed(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
-    """The adjusted weight in one pass; at 3 bit the merge before dequantise."""
+    """The adjusted weight in one pass; at high ranks the merge before dequantise."""
     for bits in options.bits:
         current, tiles = step_tiles(bits, options)
         if current is None:

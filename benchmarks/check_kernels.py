@@ -50,6 +50,8 @@ GRIDS = (
 )
 RULES = (("reference", jnp.float32), ("paper", jnp.bfloat16), ("reference", jnp.float16), ("none", jnp.float32))
 RANKS = ((64, 14.0), (24, 4.3), (128, 20.5))
+# Ranks that the packed kernel does not take.
+HIGH_RANKS = ((2, 136), (3, 264), (4, 264))
 TOLERANCE = {"gradients": 5e-3, "product": 4e-3, "bfloat16": 6e-3, "float16": 1e-3}
 # Rows, size, parts of the update (0: whole) and type.
 NORMS = tuple(itertools.product((1, 64, 128), (100, 896, 5120, 16384), (0, 2, 4), ("bfloat16", "float16")))
@@ -121,6 +123,26 @@ def check(number: int) -> tuple[bool, str]:
     numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
     name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
     return not wrong, f"{name} {numbers:40} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+
+
+def check_high_rank(number: int) -> tuple[bool, str]:
+    """Whether the plain merge gives the weight, words and mu, and its line."""
+    bits, rank = HIGH_RANKS[number]
+    grid = Grid(bits, 300, 70, 64)
+    rng = np.random.default_rng(number)
+    w = quantized(random_numbers(rng, grid), grid)
+    a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, rank), (rank, grid.n_out)))
+    adapter = TernaryAdapter(a, b, 20.5, "reference", jnp.dtype(jnp.float32))
+
+    def run(implementation: str) -> dict[str, Any]:
+        merged = jax.jit(lambda w, t: merge_adapter(w, t, implementation))(w, adapter)
+        weight = weight_matrix(w, adapter, jnp.float32, implementation)
+        return {"weight": weight, "words": merged.qweight, "mu": merged.offset}
+
+    found, truth = (jax.device_get(run(one)) for one in ("triton", "xla"))
+    wrong = [key for key in truth if not _equal(found[key], truth[key])]
+    name = f"{grid} rank {rank}"
+    return not wrong, f"{name:76} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
 
 
 def check_norm(number: int) -> tuple[bool, str]:
@@ -202,7 +224,8 @@ def main() -> None:
     float8 = FLOAT8 if (compute_capability() or ADA) >= ADA else ()  # Ampere has none
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        kinds = (check, GRIDS), (check_norm, NORMS), (check_attention, ATTENTION), (check_float8, float8)
+        kinds = [(check, GRIDS), (check_high_rank, HIGH_RANKS), (check_norm, NORMS), (check_attention, ATTENTION)]
+        kinds.append((check_float8, float8))
         for one, cases in kinds:
             for passed, line in pool.map(one, range(len(cases))):
                 results.append(passed)

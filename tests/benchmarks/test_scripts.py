@@ -169,7 +169,7 @@ def test_every_kernel_has_candidates_that_give_its_result(run: Callable[..., Any
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_tiles_of_steps_hold_whole_groups(load: Load, bits: int, group_size: int) -> None:
     candidates = load("candidates")
-    values, _ = candidates.period_of(bits)
+    values = candidates.packed_values(bits)
     current, tiles = candidates.step_tiles(bits, argparse.Namespace(group_size=group_size, rank=64))
     assert current in tiles
     assert len(tiles) >= 5

@@ -22,6 +22,7 @@ import lotaqaf_jax.kernels.gradient.gpu as gradient
 import lotaqaf_jax.kernels.matmul.gpu as matmul
 import lotaqaf_jax.kernels.norm.gpu as norm
 from lotaqaf_jax.kernels import TernaryAdapter
+from lotaqaf_jax.kernels.adjust.blocks import can_pack
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
 NAMES = {"int32": "i32", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
@@ -81,6 +82,9 @@ def main() -> None:
         adjust.dequantized(merged, jnp.bfloat16)
         adjust.adjusted(w, adapter, jnp.bfloat16)
         adjust.adjusted(w, dataclasses.replace(adapter, offset="none"), jnp.float32)
+        if not can_pack(grid.bits, rank := 264):
+            a_, b_ = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, rank), (rank, grid.n_out)))
+            adjust.merged(w, dataclasses.replace(adapter, a=a_, b=b_))
         narrow = dataclasses.replace(grid, n_out=grid.n_out // 2)
         narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):

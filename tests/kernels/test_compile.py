@@ -1,6 +1,6 @@
 """Every Triton kernel compiles, without a card, for Hopper and for Ampere, within the shared memory there is.
 
-The interpreter runs the plain branches alone; the packed ones are inline assembly, which this at least assembles.
+The interpreter runs plain branches in place of inline assembly, which this at least assembles.
 """
 
 from __future__ import annotations

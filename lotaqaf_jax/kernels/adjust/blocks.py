@@ -12,6 +12,7 @@ __all__ = [
     "dequantize_blocks",
     "merge_blocks",
     "packed_blocks",
+    "packed_values",
     "period_of",
     "step_blocks",
 ]
@@ -33,6 +34,11 @@ def period_of(bits: int) -> tuple[int, int]:
     return values, values * bits // 32
 
 
+def packed_values(bits: int) -> int:
+    """Values of one period of the packed kernel: those of a word, or at 3 bit the 8 of 24 bits."""
+    return 8 if bits == 3 else 32 // bits
+
+
 _PLAIN = {
     2: AdjustBlocks(16, 64, 4),
     3: AdjustBlocks(16, 32, 4),  # 64 columns spill
@@ -41,21 +47,21 @@ _PLAIN = {
 }
 MOST_PERIODS = 64
 
-# Of at least 16 periods, which products sum over; more where a group has more.
-_PACKED = {2: AdjustBlocks(16, 64, 4), 4: AdjustBlocks(16, 64, 4), 8: AdjustBlocks(32, 64, 4)}
+# Of at least 16 periods, which products sum over; more where a group has more. At 3 bit as at 4, not measured.
+_PACKED = {bits: AdjustBlocks(16, 64, 4) for bits in (2, 3, 4)} | {8: AdjustBlocks(32, 64, 4)}
 MOST_PACKED_ROWS = 256
 
 _DEQUANTIZE = {bits: AdjustBlocks(16, 128, 4) for bits in (2, 3, 4, 8)}
 
 
 def can_pack(bits: int, rank: int) -> bool:
-    """Whether the sums over a period are exact in float16, and no value straddles two words."""
-    return bits != 3 and period_of(bits)[0] * rank <= 2048
+    """Whether the sums over a period are exact in float16."""
+    return packed_values(bits) * rank <= 2048
 
 
 def packed_blocks(bits: int, group_size: int) -> AdjustBlocks | None:
     """The tile of the packed kernel that holds whole groups, of two periods or more each; None where there is none."""
-    values, _ = period_of(bits)
+    values = packed_values(bits)
     if group_size < 2 * values or group_size & (group_size - 1) or group_size > MOST_PACKED_ROWS:
         return None
     blocks = any_packed_blocks(bits)

@@ -1,9 +1,9 @@
 """The adjusted weight on a GPU: which kernel runs, with which arguments. Equations: :mod:`lotaqaf_jax.ternary`.
 
-At 2, 4 and 8 bit one kernel makes the adjusted weight from its tile's words and adapters, or the merged words and mu
-instead. Elsewhere (3 bit, groups that no tile holds, act-order with an offset) it takes two in a row: the merge, and
+One kernel makes the adjusted weight from its tile's words and adapters, or the merged words and mu instead. Where that
+is no way to the weight (groups that no tile holds, act-order with an offset) it takes two in a row: the merge, and
 dequantise, which is also that of merged weights. Groups that no tile holds take the merge in two parts, steps and group
-sums. Nothing of the size (in, out) is made but the result.
+sums. Ranks whose sums float16 does not hold take a plain merge. Nothing of the size (in, out) is made but the result.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lotaqaf_jax.kernels.adjust.blocks import (
     dequantize_blocks,
     merge_blocks,
     packed_blocks,
+    packed_values,
     period_of,
     step_blocks,
 )
@@ -40,9 +41,8 @@ def adjusted(
     """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out); ``blocks`` as in :func:`merged`."""
     packed = None
     if _packs(w, adapter) and w.g_idx is None:
-        values, _ = period_of(w.bits)
         packed = packed_blocks(w.bits, w.group_size)
-        if packed is None and adapter.offset == "none" and _rows_of_group(w) % (2 * values) == 0:
+        if packed is None and adapter.offset == "none" and _rows_of_group(w) % (2 * packed_values(w.bits)) == 0:
             packed = any_packed_blocks(w.bits)
     if packed is None:
         return dequantized(merged(w, adapter, blocks=blocks)[0], dtype)
@@ -87,8 +87,8 @@ def merged(
 
 
 def _packs(w: QuantizedWeight, adapter: TernaryAdapter) -> bool:
-    """Whether the packed kernel takes this width and rank; the interpreter cannot run it."""
-    return can_pack(w.bits, adapter.rank) and not interpreted()
+    """Whether the packed kernel takes this width and rank."""
+    return can_pack(w.bits, adapter.rank)
 
 
 def _packed(
@@ -103,9 +103,9 @@ def _packed(
     """New words, mu, the counts of moved integers, and the weight in the type ``weight``: either words or weight."""
     from lotaqaf_jax.kernels.adjust.packed import packed_kernel
 
-    grid, out, settings = _tiles(w, adapter, blocks, in_place=in_place, count=count, words=weight is None)
+    values = packed_values(w.bits)
+    grid, out, settings = _tiles(w, adapter, blocks, values, in_place=in_place, count=count, words=weight is None)
     # A by tile, value of the period and period, as the kernel multiplies it.
-    values, _ = period_of(w.bits)
     tiles, rank = grid[1], padded(adapter.rank)
     rest = ((0, tiles * blocks.periods * values - w.shape[0]), (0, rank - adapter.rank))
     a = jnp.pad(adapter.a.astype(jnp.float16), rest).reshape(tiles, blocks.periods, values, rank).swapaxes(1, 2)
@@ -123,6 +123,7 @@ def _packed(
         **settings,
         GROUP=_rows_of_group(w) or 1,
         WEIGHT=weight is not None,
+        INTERPRET=interpreted(),
     )
 
 
@@ -130,7 +131,8 @@ def _plain(
     w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *, in_place: bool, count: bool
 ) -> list[jax.Array]:
     """New words, mu, and the counts of moved integers."""
-    grid, out, settings = _tiles(w, adapter, blocks, in_place=in_place, count=count, words=True)
+    values, words = period_of(w.bits)
+    grid, out, settings = _tiles(w, adapter, blocks, values, in_place=in_place, count=count, words=True)
     return launch(
         _kernels().merge_kernel,
         w.qweight,
@@ -141,7 +143,7 @@ def _plain(
         out=out,
         grid=grid,
         **settings,
-        WORDS=period_of(w.bits)[1],
+        WORDS=words,
         GROUP=w.group_size,
     )
 
@@ -158,11 +160,17 @@ def _thresholds(omega: float) -> list[float]:
 
 
 def _tiles(
-    w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *, in_place: bool, count: bool, words: bool
+    w: QuantizedWeight,
+    adapter: TernaryAdapter,
+    blocks: AdjustBlocks,
+    values: int,
+    *,
+    in_place: bool,
+    count: bool,
+    words: bool,
 ) -> tuple[tuple[int, int], list[jax.ShapeDtypeStruct], dict[str, Any]]:
-    """What both kernels have in common: their grid; words, mu and counts, a single number where not asked for; and
-    what else a launch is told."""
-    values, _ = period_of(w.bits)
+    """What both kernels have in common, by the values of a period: their grid; words, mu and counts, a single number
+    where not asked for; and what else a launch is told."""
     offset, dtype = adapter.offset != "none", adapter.offset_dtype
     grid = (-(-w.shape[1] // blocks.columns), -(-w.shape[0] // (blocks.periods * values)))
     out = [

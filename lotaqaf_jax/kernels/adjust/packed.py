@@ -1,4 +1,4 @@
-"""Triton kernel of the adjusted weight in one pass, for 2, 4 and 8 bit: float16 pairs, two periods in an instruction.
+"""Triton kernel of the adjusted weight in one pass: float16 pairs, two periods in an instruction.
 
 A tile is 64 columns by a few periods, transposed, so that B, the left operand, stays in registers and all of the tile's
 rows of A are one right operand: one product, one wait. A comes sorted for that, by tile, value of the period, period.
@@ -6,8 +6,12 @@ What lies in a thread then is, for a few columns, all values of pairs of neighbo
 hold them; groups have whole pairs. Sums over a group are products with ones, which leave every period its group's sum,
 so that mu and the weight follow without anything being moved between threads.
 
-Merged words come out of the same code as the weight, and round as :mod:`.triton` does. Triton's interpreter cannot run
-the inline assembly; on a card benchmarks/check_kernels.py holds both to plain JAX, bit for bit.
+A period is a word. At 3 bit it is 24 bits, which hold 8 values, so that two pairs have three words and share the middle
+one: both read it, and to put merged words together threads exchange halves.
+
+Merged words come out of the same code as the weight, and round as :mod:`.triton` does. Its instructions on pairs are
+inline assembly, for which Triton's interpreter computes the same halves apart (INTERPRET); on a card
+benchmarks/check_kernels.py holds the assembly to plain JAX, bit for bit.
 
 What was tried and lost on an H200, at 5120 x 13824, group 64, rank 64: a product for each value of the period, columns
 in pairs (74 us for the words, against 50), which waits on loads of A between the products; the same transposed (72 us).
@@ -36,20 +40,29 @@ def _together(even, odd):
 
 
 @triton.jit
-def _pack(x):
+def _pack(x, INTERPRET: tl.constexpr):
     """(rows, columns) float16 -> (rows, columns/2) words of two neighbours."""
     even, odd = _columns(x)
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
-    )
+    if INTERPRET:
+        even = even.to(tl.uint16, bitcast=True).to(tl.uint32)
+        word = even | (odd.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        word = tl.inline_asm_elementwise(
+            "mov.b32 $0, {$1, $2};", "=r,h,h", [even, odd], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return word
 
 
 @triton.jit
-def _unpack(x):
+def _unpack(x, INTERPRET: tl.constexpr):
     """The inverse of :func:`_pack`."""
-    even, odd = tl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
-    )
+    if INTERPRET:
+        even = (x & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        odd = (x >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
     return _together(even, odd)
 
 
@@ -83,11 +96,37 @@ def _step_assembly(shift, bits, count):
 
 
 @triton.jit
-def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
+def _clip(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high).to(x.dtype)
+
+
+@triton.jit
+def _take_step_apart(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """:func:`_take_step` for the interpreter: the assembly line by line, on the halves of words."""
+    field: tl.constexpr = ((2**BITS - 1) << SHIFT) * 0x00010001
+    m = _unpack((x & field) | 0x64006400, True)
+    d = _unpack(d, True)
+    limit = _unpack(limit, True)
+    u = _clip(d + limit, 0.0, 1.0)
+    v = _clip(limit - d, 0.0, 1.0)
+    k = _clip(m + u * 2.0**SHIFT - v * 2.0**SHIFT, 1024.0, 1024.0 + 2.0**SHIFT * (2**BITS - 1))
+    m = (k - m) * 0.5**SHIFT
+    x = (x & (0xFFFFFFFF - field)) | (_pack(k, True) & field)
+    sum_d = _pack(_unpack(sum_d, True) + d, True)
+    sum_t = _pack(_unpack(sum_t, True) + m, True)
+    moved = _pack(_unpack(moved, True) + tl.abs(m), True)
+    return x, sum_d, sum_t, moved
+
+
+@triton.jit
+def _take_step(
+    x, sum_d, sum_t, moved, d, limit,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """Add the steps of one value of every period, two periods in one instruction.
 
-    Every operand holds two neighbouring periods in a word: ``x`` a byte of both, of which the BITS from SHIFT on are
-    the value q; the others a float16 of each. As a float16, 1024 + 2**SHIFT * q has q's bits where the byte has them:
+    Every operand holds two neighbouring periods in a word: ``x`` a part of both, of which the BITS from SHIFT on are
+    the value q; the others a float16 of each. As a float16, 1024 + 2**SHIFT * q has q's bits where the part has them:
 
         u = sat(D - limit),  v = sat(-D - limit)         1 where D > limit, where D < -limit; sat clips to [0, 1]
         k = clip(m + 2**SHIFT * (u - v), 1024, 1024 + 2**SHIFT * (2**BITS - 1)),   m = 1024 + 2**SHIFT * q
@@ -95,24 +134,27 @@ def _take_step(x, sum_d, sum_t, moved, d, limit, SHIFT: tl.constexpr, BITS: tl.c
     so that T = (k - m) / 2**SHIFT with the boundary rule, and the bits of k are those of the moved value.
     ``limit`` holds -floor(omega). Every number is an integer of at most 2048, exact in float16.
     """
-    asm: tl.constexpr = _step_assembly(SHIFT, BITS, COUNT)
-    if COUNT:
+    if INTERPRET:
+        x, sum_d, sum_t, moved = _take_step_apart(x, sum_d, sum_t, moved, d, limit, SHIFT, BITS)
+    elif COUNT:
         x, sum_d, sum_t, moved = tl.inline_asm_elementwise(
-            asm, "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
+            _step_assembly(SHIFT, BITS, True), "=&r,=&r,=&r,=&r,r,r,r,r,r,r", [x, sum_d, sum_t, moved, d, limit],
             dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
         x, sum_d, sum_t = tl.inline_asm_elementwise(
-            asm, "=&r,=&r,=&r,r,r,r,r,r", [x, sum_d, sum_t, d, limit],
+            _step_assembly(SHIFT, BITS, False), "=&r,=&r,=&r,r,r,r,r,r", [x, sum_d, sum_t, d, limit],
             dtype=(tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
         )  # fmt: skip
     return x, sum_d, sum_t, moved
 
 
 @triton.jit
-def _operand(b):
+def _operand(b, INTERPRET: tl.constexpr):
     """``b`` itself. Triton keeps a product's left operand in registers if something lies between it and its load."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b], dtype=tl.float16, is_pure=True, pack=2)
+    if not INTERPRET:
+        b = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b], dtype=tl.float16, is_pure=True, pack=2)
+    return b
 
 
 @triton.jit
@@ -124,9 +166,50 @@ def _value(d, j: tl.constexpr, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _byte(x0, x1, x2, x3, i: tl.constexpr):
+def _parts(even, odd, later, BITS: tl.constexpr):
+    """Parts 0, 1, 2 and 3 of two neighbouring periods, in the halves of a word, from their words ``even`` and ``odd``.
+
+    A part is a byte, and at 3 bit three values, the last one two; there is no fourth. There the pair's 48 bits begin at
+    bit 0 of the first word, or, the ``later`` of the two pairs in three words, at bit 16.
+    """
+    if BITS == 3:
+        # 24 bits of either period, and others above.
+        first = tl.where(later, (even >> 16) | (odd << 16), even)
+        second = (first >> 24) | (tl.where(later, odd >> 16, odd) << 8)
+        x0 = ((first & 0xFFFF) | (second << 16)) & 0x01FF01FF
+        x1 = ((first >> 9) & 0x01FF) | ((second << 7) & 0x01FF0000)
+        x2 = (((first >> 16) | (second & 0xFFFF0000)) >> 2) & 0x003F003F
+        x3 = x2
+    else:
+        first = (even & 0xFFFF) | (odd << 16)
+        second = (even >> 16) | (odd & 0xFFFF0000)
+        x0, x1 = first & 0x00FF00FF, (first >> 8) & 0x00FF00FF
+        x2, x3 = second & 0x00FF00FF, (second >> 8) & 0x00FF00FF
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _three_words(x0, x1, x2):
+    """The three words of every two pairs at 3 bit, (columns, pairs/2) each, from the parts of pairs."""
+    # Bits 0 to 15 of both periods, and 16 to 23.
+    first = x0 | ((x1 & 0x007F007F) << 9)
+    second = ((x1 >> 7) & 0x00030003) | (x2 << 2)
+    # Bits 0 to 31 of a pair, and 32 to 47: of the first pair, and of the later one.
+    low, low_later = _columns((first & 0xFFFF) | (second << 16) | ((first & 0x00FF0000) << 8))
+    high, high_later = _columns((first >> 24) | ((second & 0x00FF0000) >> 8))
+    return low, high | (low_later << 16), (low_later >> 16) | (high_later << 16)
+
+
+@triton.jit
+def _part(x0, x1, x2, x3, i: tl.constexpr):
     """The i-th of four."""
     return x0 if i == 0 else (x1 if i == 1 else (x2 if i == 2 else x3))
+
+
+@triton.jit
+def _put_part(x0, x1, x2, x3, x, i: tl.constexpr):
+    """The four, with ``x`` for the i-th."""
+    return x if i == 0 else x0, x if i == 1 else x1, x if i == 2 else x2, x if i == 3 else x3
 
 
 @triton.jit
@@ -137,7 +220,7 @@ def packed_kernel(
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
-    COUNT: tl.constexpr, IN_PLACE: tl.constexpr, WEIGHT: tl.constexpr,
+    COUNT: tl.constexpr, IN_PLACE: tl.constexpr, WEIGHT: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile: with WEIGHT its adjusted weight, else its merged words and, with OFFSET, its mu.
@@ -155,47 +238,55 @@ def packed_kernel(
     row = tile * (BLOCK_P * VALUES) + tl.arange(0, BLOCK_P * VALUES)
     a = tl.load(a_ptr + row[None, :] * RANK + r[:, None])
     b = tl.load(b_ptr + r[None, :] * N + n[:, None], mask=(r < rank)[None, :] & mask_n[:, None], other=0.0)
-    at = period.to(tl.int64)[None, :] * N + n[:, None]
-    there = (period < words)[None, :] & mask_n[:, None]
+    # At 3 bit the words of four periods are 0, 1, 1, 2: neighbours have the two that hold the bits of both.
+    word = period // 4 * 3 + (period % 4 + 1) // 2 if BITS == 3 else period
+    at = word.to(tl.int64)[None, :] * N + n[:, None]
+    there = (word < words)[None, :] & mask_n[:, None]
     w = tl.load(words_ptr + at, mask=there, other=0).to(tl.uint32, bitcast=True)
-    d = _pack(tl.dot(_operand(b), a, out_dtype=tl.float16))
+    d = _pack(tl.dot(_operand(b, INTERPRET), a, out_dtype=tl.float16), INTERPRET)
     d = tl.permute(tl.reshape(d, (BLOCK_N, VALUES, BLOCK_P // 2)), (0, 2, 1))
     even, odd = _columns(w)
-    # Byte 0, 1, 2 and 3 of the words of both periods.
-    first = (even & 0xFFFF) | (odd << 16)
-    second = (even >> 16) | (odd & 0xFFFF0000)
-    x0, x1 = first & 0x00FF00FF, (first >> 8) & 0x00FF00FF
-    x2, x3 = second & 0x00FF00FF, (second >> 8) & 0x00FF00FF
+    pair = tile * (BLOCK_P // 2) + tl.arange(0, BLOCK_P // 2)
+    x0, x1, x2, x3 = _parts(even, odd, (pair % 2 == 1)[None, :], BITS)
+    # Bits of a part: whole values, and no more than the ten of a float16's mantissa.
+    PART: tl.constexpr = 9 if BITS == 3 else 8
     sum_d = tl.zeros((BLOCK_N, BLOCK_P // 2), tl.uint32)
     sum_t, moved = sum_d, sum_d
-    limits = _pack(tl.zeros((BLOCK_N, BLOCK_P), tl.float16) - limit.to(tl.float16))
+    limits = _pack(-tl.full((BLOCK_N, BLOCK_P), limit, tl.float16), INTERPRET)
     for j in tl.static_range(VALUES):
         dj = _value(d, j, VALUES)
-        if j * BITS // 8 == 0:
-            x0, sum_d, sum_t, moved = _take_step(x0, sum_d, sum_t, moved, dj, limits, j * BITS % 8, BITS, COUNT)
-        elif j * BITS // 8 == 1:
-            x1, sum_d, sum_t, moved = _take_step(x1, sum_d, sum_t, moved, dj, limits, j * BITS % 8, BITS, COUNT)
-        elif j * BITS // 8 == 2:
-            x2, sum_d, sum_t, moved = _take_step(x2, sum_d, sum_t, moved, dj, limits, j * BITS % 8, BITS, COUNT)
-        else:
-            x3, sum_d, sum_t, moved = _take_step(x3, sum_d, sum_t, moved, dj, limits, j * BITS % 8, BITS, COUNT)
+        x = _part(x0, x1, x2, x3, j * BITS // PART)
+        x, sum_d, sum_t, moved = _take_step(
+            x, sum_d, sum_t, moved, dj, limits, j * BITS % PART, BITS, COUNT, INTERPRET
+        )  # fmt: skip
+        x0, x1, x2, x3 = _put_part(x0, x1, x2, x3, x, j * BITS // PART)
     if not WEIGHT:
-        first = x0 | (x1 << 8)
-        second = x2 | (x3 << 8)
-        w = _together((first & 0xFFFF) | (second << 16), (first >> 16) | (second & 0xFFFF0000))
-        tl.store(new_words_ptr + at, w.to(tl.int32, bitcast=True), mask=there)
+        if BITS == 3:
+            if IN_PLACE:
+                tl.debug_barrier()  # Both pairs of a shared word have read it.
+            three = _three_words(x0, x1, x2)
+            row = (tile * (BLOCK_P // 4) + tl.arange(0, BLOCK_P // 4)) * 3
+            for i in tl.static_range(3):
+                at = (row + i).to(tl.int64)[None, :] * N + n[:, None]
+                there = (row + i < words)[None, :] & mask_n[:, None]
+                tl.store(new_words_ptr + at, three[i].to(tl.int32, bitcast=True), mask=there)
+        else:
+            first = x0 | (x1 << 8)
+            second = x2 | (x3 << 8)
+            w = _together((first & 0xFFFF) | (second << 16), (first >> 16) | (second & 0xFFFF0000))
+            tl.store(new_words_ptr + at, w.to(tl.int32, bitcast=True), mask=there)
     if COUNT:
-        count = tl.sum(tl.sum(_unpack(moved).to(tl.float32), axis=1), axis=0).to(tl.int32)
+        count = tl.sum(tl.sum(_unpack(moved, INTERPRET).to(tl.float32), axis=1), axis=0).to(tl.int32)
         tl.store(moved_ptr + tile * tl.num_programs(0) + tl.program_id(0), count)
     group = period * VALUES // GROUP
     at = group[None, :] * N + n[:, None]
     there = (group < groups)[None, :] & mask_n[:, None]
     if OFFSET or WEIGHT:
         ones = (group[:, None] == group[None, :]).to(tl.float16)
-        total = tl.dot(_unpack(sum_d), ones)
+        total = tl.dot(_unpack(sum_d, INTERPRET), ones)
         mu = total
     if OFFSET:
-        taken = tl.dot(_unpack(sum_t), ones)
+        taken = tl.dot(_unpack(sum_t, INTERPRET), ones)
         inverse = tl.load(inverse_ptr + group, mask=group < groups, other=0.0)
         mu = without_steps(total, taken, part0, part1, part2, PARTS) * inverse[None, :]
         mu = short_float(mu, DROP, FLUSH)
@@ -211,7 +302,7 @@ def packed_kernel(
         mu, _ = _columns(mu)
         kind: tl.constexpr = weight_ptr.dtype.element_ty
         for j in tl.static_range(VALUES):
-            q = _byte(x0, x1, x2, x3, j * BITS // 8) >> (j * BITS % 8)
+            q = _part(x0, x1, x2, x3, j * BITS // PART) >> (j * BITS % PART)
             even = affine(q & (2**BITS - 1), z, s, mu, OFFSET)
             odd = affine((q >> 16) & (2**BITS - 1), z, s, mu, OFFSET)
             weight = _together(even.to(kind), odd.to(kind))

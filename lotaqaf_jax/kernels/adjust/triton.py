@@ -1,4 +1,6 @@
-"""Triton kernels of the adjusted weight: unpack, A @ B on tensor cores, step and offset; and dequantise.
+"""Plain Triton kernels of the merge: unpack, A @ B on tensor cores, step and offset; and dequantise.
+
+:mod:`.packed` is the faster merge, which takes all but high ranks.
 
 A tile holds ``BLOCK_P`` periods of the bitstream (see :mod:`lotaqaf_jax.quant.packing`; a period is 8 values in one
 word at 4 bit, 32 values in three words at 3 bit) by ``BLOCK_N`` columns. Value j of every period is taken at once: row
