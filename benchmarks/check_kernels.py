@@ -18,6 +18,7 @@ import itertools
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,6 @@ HIGH_RANKS = ((2, 136), (3, 264), (4, 264))
 TOLERANCE = {"gradients": 5e-3, "product": 4e-3, "bfloat16": 6e-3, "float16": 1e-3}
 # Rows, size, parts of the update (0: whole) and type.
 NORMS = tuple(itertools.product((1, 64, 128), (100, 896, 5120, 16384), (0, 2, 4), ("bfloat16", "float16")))
-DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # (heads, kv_heads), (rows, slots), the type of everything, head_dim.
 _SIZES = tuple(
     itertools.product(((40, 8), (32, 8), (4, 1)), ((1, 64), (1, 300), (1, 1000), (3, 300), (3, 1000), (64, 300)))
@@ -122,7 +122,7 @@ def check(number: int) -> tuple[bool, str]:
     wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
     numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
     name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
-    return not wrong, f"{name} {numbers:40} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+    return _result(f"{name} {numbers:40}", wrong)
 
 
 def check_high_rank(number: int) -> tuple[bool, str]:
@@ -142,7 +142,7 @@ def check_high_rank(number: int) -> tuple[bool, str]:
     found, truth = (jax.device_get(run(one)) for one in ("triton", "xla"))
     wrong = [key for key in truth if not _equal(found[key], truth[key])]
     name = f"{grid} rank {rank}"
-    return not wrong, f"{name:76} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+    return _result(f"{name:76}", wrong)
 
 
 def check_norm(number: int) -> tuple[bool, str]:
@@ -161,7 +161,7 @@ def check_norm(number: int) -> tuple[bool, str]:
     error = np.max(np.abs(normed.astype(np.float64) - exact) / (float(jnp.finfo(dtype).eps) * np.abs(exact) + 1e-6))
     wrong = [name for name, good in (("sum", _equal(total, truth)), ("norm", error <= 1.01)) if not good]
     name = f"norm {rows} rows of {size}, {parts or 'no'} parts, {kind}"
-    return not wrong, f"{name:60} {error:.2f} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+    return _result(f"{name:60} {error:.2f}", wrong)
 
 
 def check_attention(number: int) -> tuple[bool, str]:
@@ -170,7 +170,7 @@ def check_attention(number: int) -> tuple[bool, str]:
     rng = np.random.default_rng(number)
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32), DTYPES[kind])
+        return jnp.asarray(rng.standard_normal(shape, np.float32), kind)
 
     q, k, v = (normal(rows, 1, n, head_dim) for n in (heads, kv_heads, kv_heads))
     keys, values = (normal(2, rows, kv_heads, slots, head_dim) for _ in range(2))
@@ -180,17 +180,17 @@ def check_attention(number: int) -> tuple[bool, str]:
     valid[1::2, slots // 2 :] = False
     valid[:, slot] = True
     # Plain JAX op by op: within a program XLA contracts the rotation into operations that round otherwise.
-    marked = valid.copy()
-    truth = cached_attention(q, k, v, rope, keys, values, jnp.asarray(marked), layer, slot, implementation="xla")
-    valid &= np.arange(slots) <= slot
+    marked = jnp.asarray(valid)
+    truth = cached_attention(q, k, v, rope, keys, values, marked, layer, slot, implementation="xla")
+    valid = valid & (np.arange(slots) <= slot)
     exact = _attention(*jax.device_get((apply_rope(q, *rope), truth[1][layer], truth[2][layer])), valid)
     run = jax.jit(functools.partial(cached_attention, implementation="triton"), donate_argnums=(4, 5))
-    found = run(q, k, v, rope, keys, values, jnp.asarray(marked), jnp.int32(layer), jnp.int32(slot))
+    found = run(q, k, v, rope, keys, values, marked, jnp.int32(layer), jnp.int32(slot))
     error = relative_error(found[0], exact)
     wrong = [name for i, name in ((1, "keys"), (2, "values")) if not _equal(found[i], truth[i])]
     wrong += [] if error <= TOLERANCE[kind] else ["attention"]
     name = f"attention {heads}/{kv_heads} heads of {head_dim}, {rows} rows, {slots} slots, {kind}"
-    return not wrong, f"{name:62} error {error:.1e} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+    return _result(f"{name:62} error {error:.1e}", wrong)
 
 
 def _attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -210,7 +210,7 @@ def check_float8(number: int) -> tuple[bool, str]:
     (one, scale), (other, expected) = (jax.device_get(quantized_columns(x, dtype, i)) for i in ("triton", "xla"))
     wrong = [name for name, equal in (("scale", scale == expected), ("columns", _equal(one, other))) if not equal]
     name = f"float8 {rows}x{columns} {jnp.dtype(dtype).name}"
-    return not wrong, f"{name:76} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
+    return _result(f"{name:76}", wrong)
 
 
 def main() -> None:
@@ -233,6 +233,11 @@ def main() -> None:
     failed = results.count(False)
     print(f"{len(results)} cases, {failed} failed")
     sys.exit(1 if failed else 0)
+
+
+def _result(name: str, wrong: Sequence[str]) -> tuple[bool, str]:
+    """Whether nothing is wrong, and the line that says so."""
+    return not wrong, f"{name} {'FAILED ' + ', '.join(wrong) if wrong else 'ok'}"
 
 
 def _equal(found: Any, truth: Any) -> bool:

@@ -20,7 +20,8 @@ class KVCache:
 
     ``keys`` and ``values`` are (layers, batch, kv_heads, slots, head_dim). The slots stand next to head_dim, so that
     both products of attention are plain batched ones over (batch, kv_heads) and nothing is transposed.
-    Which slots of a row hold a token is for the caller to know: attention does not care in what order they stand.
+    Which slots of a row hold a token is for the caller to know: attention does not care in what order they stand, as
+    long as none stands behind the newest.
     """
 
     keys: jax.Array

@@ -40,7 +40,7 @@ def adjusted(
 ) -> jax.Array:
     """:func:`lotaqaf_jax.ternary.adjusted_weight` rounded to ``dtype``, (in, out); ``blocks`` as in :func:`merged`."""
     packed = None
-    if _packs(w, adapter) and w.g_idx is None:
+    if can_pack(w.bits, adapter.rank) and w.g_idx is None:
         packed = packed_blocks(w.bits, w.group_size)
         if packed is None and adapter.offset == "none" and _rows_of_group(w) % (2 * packed_values(w.bits)) == 0:
             packed = any_packed_blocks(w.bits)
@@ -66,7 +66,7 @@ def merged(
         count: whether to count; without, the second result means nothing.
         blocks: the tile, for measuring; None is the table's. It holds whole groups wherever the table's does.
     """
-    packs = _packs(w, adapter)
+    packs = can_pack(w.bits, adapter.rank)
     whole = None if w.g_idx is not None else (packed_blocks if packs else merge_blocks)(w.bits, w.group_size)
     # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
     here = whole is not None and adapter.offset != "none"
@@ -84,11 +84,6 @@ def merged(
         rule = (adapter.omega, adapter.offset, adapter.offset_dtype)
         offset = offset_of_sums(w, sum_d, _group_steps(w, words), *rule)
     return dataclasses.replace(w, qweight=words, offset=offset), moved
-
-
-def _packs(w: QuantizedWeight, adapter: TernaryAdapter) -> bool:
-    """Whether the packed kernel takes this width and rank."""
-    return can_pack(w.bits, adapter.rank)
 
 
 def _packed(

@@ -16,6 +16,7 @@ __all__ = [
     "FewRows",
     "ManyRows",
     "bucket_of",
+    "column_blocks",
     "matmul_blocks",
     "parts_of",
     "period_of",
@@ -75,8 +76,9 @@ _FEW = {
     (16, 4): FewRows(16, 2),
     (16, 8): FewRows(16, 2),
 }
-_RESIDENT_WARPS = 2112
-"""What the card holds of them at once at the registers they take: 132 multiprocessors of 64k."""
+_MULTIPROCESSORS = 132
+_RESIDENT_WARPS = 16 * _MULTIPROCESSORS
+"""What the card holds of them at once at the registers they take, of 64k to a multiprocessor."""
 _MOST_PARTS = 8
 
 # By bucket, beyond 16 rows. ``split`` is filled in by the shape; ``steps``, ``stages`` and ``rows`` go down where they
@@ -92,7 +94,6 @@ _SHARED = 100 * 1024
 """Bytes of shared memory for a program that loads ahead: two fit a multiprocessor."""
 _REGISTERS = {16: 112, 32: 128, 64: 184, 128: 255}
 """Of a thread, by rows, as compiled for 4 bit."""
-_MULTIPROCESSORS = 132
 
 
 def period_of(bits: int) -> tuple[int, int]:
@@ -103,6 +104,11 @@ def period_of(bits: int) -> tuple[int, int]:
 def bucket_of(rows: int) -> int | None:
     """The smallest bucket that holds this many rows, or None."""
     return next((bucket for bucket in BUCKETS if rows <= bucket), None)
+
+
+def column_blocks(widths: Sequence[int], columns: int) -> int:
+    """Blocks of ``columns`` columns of all weights; a block lies in one of them."""
+    return sum(-(-n_out // columns) for n_out in widths)
 
 
 def parts_of(n_in: int, bits: int, group: int) -> int:
@@ -149,7 +155,7 @@ def _narrow(blocks: FewRows, depth: int, n_in: int, n_out: int) -> FewRows:
     multiprocessors take the time of two in a row. XLA makes the sum of the parts, a few float32 rows, part of what
     comes next; for several weights it would be several sums.
     """
-    columns = -(-n_out // (32 * blocks.tiles))
+    columns = column_blocks((n_out,), 32 * blocks.tiles)
     most = min(_MOST_PARTS, _RESIDENT_WARPS // (2 * columns)) if 4 * columns < 0.8 * _RESIDENT_WARPS else 1
     for split in range(most, 1, -1):
         rounds, rest = divmod(n_in, depth * blocks.steps * 2 * split)
@@ -160,7 +166,7 @@ def _narrow(blocks: FewRows, depth: int, n_in: int, n_out: int) -> FewRows:
 
 def _warps(blocks: FewRows, depth: int, n_in: int, widths: Sequence[int]) -> int:
     """As many as are resident at once, 4 to 16, while each still has 8 rounds."""
-    programs = sum(-(-n_out // (32 * blocks.tiles)) for n_out in widths)
+    programs = column_blocks(widths, 32 * blocks.tiles)
     warps = 4
     rounds = n_in // (depth * blocks.steps)
     while 2 * warps * programs <= _RESIDENT_WARPS and 2 * warps <= 16 and rounds >= 16 * warps:
@@ -203,8 +209,7 @@ def shared_parts(blocks: ManyRows, rows: int, n_in: int, widths: Sequence[int], 
 
     A program costs about four rounds more than its own.
     """
-    columns = sum(-(-n_out // (32 * blocks.warps)) for n_out in widths)
-    programs = columns * -(-rows // blocks.rows)
+    programs = column_blocks(widths, 32 * blocks.warps) * -(-rows // blocks.rows)
     rounds = -(-n_in // (blocks.steps * 4 * period_of(bits)[0]))
     resident = resident_programs(blocks)
 

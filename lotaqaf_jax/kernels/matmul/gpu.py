@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,8 @@ import jax.numpy as jnp
 from lotaqaf_jax.kernels.adjust.gpu import dequantized
 from lotaqaf_jax.kernels.launch import interpreted, launch
 from lotaqaf_jax.kernels.matmul import matmul as plain
-from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, matmul_blocks, parts_of, period_of
+from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, column_blocks, matmul_blocks, parts_of, period_of
+from lotaqaf_jax.kernels.parts import added
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_length
 
@@ -126,7 +125,7 @@ def _few_rows(x: jax.Array, w: QuantizedWeight, widths: Sequence[int], blocks: F
     span = 4 * period_of(w.bits)[0] * blocks.steps * blocks.warps * blocks.split
     rounds = -(-n_in // span)
     settings = {
-        "grid": (_blocks_of(widths, columns), blocks.split, -(-rows // blocks.rows)),
+        "grid": (column_blocks(widths, columns), blocks.split, -(-rows // blocks.rows)),
         "num_stages": 1,
         "K": n_in,
         "TILES": blocks.tiles,
@@ -151,7 +150,7 @@ def _many_rows(x: jax.Array, w: QuantizedWeight, widths: Sequence[int], blocks: 
     rounds = -(-n_in // depth)
     programs = -(-rows // blocks.rows)
     settings = {
-        "grid": (programs, _blocks_of(widths, columns), blocks.split),
+        "grid": (programs, column_blocks(widths, columns), blocks.split),
         "num_stages": blocks.stages,
         "registers": blocks.registers,
         "ROUNDS": rounds,
@@ -204,15 +203,9 @@ def _terms(x: jax.Array) -> int:
     return 3 if x.dtype == jnp.float32 else 1
 
 
-def _blocks_of(widths: Sequence[int], columns: int) -> int:
-    """Blocks of columns of all weights."""
-    return sum(-(-n_out // columns) for n_out in widths)
-
-
 def _whole(y: jax.Array, bias: jax.Array | None, layer: jax.Array | int | None, dtype: Any) -> jax.Array:
     """The sum of parts (parts, rows, out), plus the bias."""
-    # Written out, it is one pass in this order; as a reduction over few rows XLA would be free to choose.
-    y = functools.reduce(operator.add, [y[part] for part in range(y.shape[0])]).astype(dtype)
+    y = added(y, dtype)
     if bias is not None:
         bias = bias if layer is None else jnp.take(bias, jnp.asarray(layer, jnp.int32).reshape(()), axis=0)
         y = y + bias.astype(dtype)

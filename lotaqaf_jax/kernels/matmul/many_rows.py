@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lotaqaf_jax.kernels.matmul.operand import of_weight, operand, two_halves, zero_of
+from lotaqaf_jax.kernels.matmul.operand import operand, two_halves, zero_of
+from lotaqaf_jax.kernels.matmul.weights import arrays_of_weight, of_weight, plus_bias
 
 __all__ = ["many_rows_kernel"]
 
@@ -86,26 +87,21 @@ def many_rows_kernel(
     END2: tl.constexpr = END1 + (N2 + COLUMNS - 1) // COLUMNS
     # Programs that share words are neighbours.
     row = tl.program_id(0) * ROWS
-    block = tl.program_id(1)
+    program = tl.program_id(1)
     start = tl.program_id(2) * OWN
-    words_ptr = of_weight(block, words0_ptr, words1_ptr, words2_ptr, END0, END1, END2)
-    scales_ptr = of_weight(block, scales0_ptr, scales1_ptr, scales2_ptr, END0, END1, END2)
-    zeros_ptr = of_weight(block, zeros0_ptr, zeros1_ptr, zeros2_ptr, END0, END1, END2)
-    offset_ptr = of_weight(block, offset0_ptr, offset1_ptr, offset2_ptr, END0, END1, END2)
-    bias_ptr = of_weight(block, bias0_ptr, bias1_ptr, bias2_ptr, END0, END1, END2)
-    y_ptr = of_weight(block, y0_ptr, y1_ptr, y2_ptr, END0, END1, END2)
+    y_ptr = of_weight(program, y0_ptr, y1_ptr, y2_ptr, END0, END1, END2)
     if (N1 == N0 or N1 == 0) and (N2 == N0 or N2 == 0):
         N: tl.constexpr = N0
     else:
-        N = of_weight(block, N0, N1, N2, END0, END1, END2)
-    block -= of_weight(block, 0, END0, END1, END0, END1, END2)
-    if LAYER:
-        layer = tl.load(layer_ptr).to(tl.int64)
-        words_ptr += layer * words * N
-        scales_ptr += layer * groups * N
-        zeros_ptr += layer * groups * N
-        offset_ptr += layer * groups * N
-        bias_ptr += layer * N
+        N = of_weight(program, N0, N1, N2, END0, END1, END2)
+    block = program - of_weight(program, 0, END0, END1, END0, END1, END2)
+    words_ptr, scales_ptr, zeros_ptr, offset_ptr, bias_ptr = arrays_of_weight(
+        program,
+        words0_ptr, scales0_ptr, zeros0_ptr, offset0_ptr, bias0_ptr,
+        words1_ptr, scales1_ptr, zeros1_ptr, offset1_ptr, bias1_ptr,
+        words2_ptr, scales2_ptr, zeros2_ptr, offset2_ptr, bias2_ptr,
+        layer_ptr, N, words, groups, END0, END1, END2, LAYER,
+    )  # fmt: skip
 
     # Axes (step, warp, place). Triton deals the lanes to the last, four words to each, and the warps to the one before,
     # of which the mark says that it has 2 neighbours in memory. A sum of tensors loses the mark.
@@ -200,9 +196,7 @@ def many_rows_kernel(
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     out = row + tl.arange(0, ROWS)
     if BIAS:
-        # Product, bias and sum rounded one by one, as where the bias is an operation of its own.
-        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        y += bias.to(y_ptr.dtype.element_ty).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + column, mask=column < N, other=0.0)
+        y = plus_bias(y, bias[None, :], y_ptr.dtype.element_ty)
     at = y_ptr + (tl.program_id(2) * rows + out)[:, None] * N + column[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(out < rows)[:, None] & (column < N)[None, :])

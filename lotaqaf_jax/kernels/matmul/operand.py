@@ -13,7 +13,7 @@ import triton.language as tl
 
 from lotaqaf_jax.kernels.words import neighbours
 
-__all__ = ["of_weight", "operand", "two_halves", "zero_of"]
+__all__ = ["operand", "two_halves", "zero_of"]
 
 
 @triton.jit
@@ -66,60 +66,38 @@ def _pair(
     return tl.join(low, high)
 
 
+@triton.constexpr_function
+def _steps_assembly(bf16, offset):
+    """PTX of :func:`_packed_steps`. $0 and $1 the halves; $2 the word, $3 mask, $4 exponent, $5 zero, $6 mu."""
+    # bfloat16 has no addition of its own before Hopper: a product with one, and a sum.
+    add = "fma.rn.bf16x2 t, t, one, " if bf16 else "add.rn.f16x2 t, t, "
+    return f"""{{
+        .reg .b32 t, one;
+        mov.b32 one, 0x3F803F80;
+        lop3.b32 t, $2, $3, $4, 0xEA;
+        {add}$5;
+        {add + "$6;" if offset else ""}
+        mov.b32 {{$0, $1}}, t;
+    }}"""
+
+
 @triton.jit
 def _packed_steps(v, zero, mu, BITS: tl.constexpr, OFFSET: tl.constexpr, BF16: tl.constexpr):
     """Two halves at a time: mask, set the exponent, subtract 128 + z (``zero`` is its negative), add mu."""
     mask = tl.full((1,), (2**BITS - 1) * 0x10001, tl.uint32)
     exponent = tl.full((1,), 0x43004300 if BF16 else 0x64006400, tl.uint32)
-    if BF16:
-        if OFFSET:
-            low, high = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t, one;
-                mov.b32 one, 0x3F803F80;
-                lop3.b32 t, $2, $3, $4, 0xEA;
-                fma.rn.bf16x2 t, t, one, $5;
-                fma.rn.bf16x2 t, t, one, $6;
-                mov.b32 {$0, $1}, t;
-                }""",
-                "=h,=h,r,r,r,r,r",
-                [v, mask, exponent, zero, mu], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            low, high = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t, one;
-                mov.b32 one, 0x3F803F80;
-                lop3.b32 t, $2, $3, $4, 0xEA;
-                fma.rn.bf16x2 t, t, one, $5;
-                mov.b32 {$0, $1}, t;
-                }""",
-                "=h,=h,r,r,r,r", [v, mask, exponent, zero], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
-            )  # fmt: skip
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    if OFFSET:
+        low, high = tl.inline_asm_elementwise(
+            _steps_assembly(BF16, True), "=h,=h,r,r,r,r,r",
+            [v, mask, exponent, zero, mu], dtype=(tl.uint16, tl.uint16), is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        if OFFSET:
-            low, high = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t;
-                lop3.b32 t, $2, $3, $4, 0xEA;
-                add.rn.f16x2 t, t, $5;
-                add.rn.f16x2 t, t, $6;
-                mov.b32 {$0, $1}, t;
-                }""",
-                "=h,=h,r,r,r,r,r",
-                [v, mask, exponent, zero, mu], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            low, high = tl.inline_asm_elementwise(
-                """{
-                .reg .b32 t;
-                lop3.b32 t, $2, $3, $4, 0xEA;
-                add.rn.f16x2 t, t, $5;
-                mov.b32 {$0, $1}, t;
-                }""",
-                "=h,=h,r,r,r,r", [v, mask, exponent, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-            )  # fmt: skip
-    return low, high
+        low, high = tl.inline_asm_elementwise(
+            _steps_assembly(BF16, False), "=h,=h,r,r,r,r",
+            [v, mask, exponent, zero], dtype=(tl.uint16, tl.uint16), is_pure=True, pack=1,
+        )  # fmt: skip
+    return low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -199,14 +177,3 @@ def two_halves(value, BF16: tl.constexpr):
     """A float twice in the halves of a word."""
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     return value.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) * 0x10001
-
-
-@triton.jit
-def of_weight(block, first, second, third, END0: tl.constexpr, END1: tl.constexpr, END2: tl.constexpr):
-    """What belongs to the weight in whose columns ``block`` lies: blocks of the first end at END0, and so on."""
-    chosen = first
-    if END1 > END0:
-        chosen = tl.where(block >= END0, second, chosen)
-    if END2 > END1:
-        chosen = tl.where(block >= END1, third, chosen)
-    return chosen

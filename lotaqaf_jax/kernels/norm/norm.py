@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.kernels.norm import gpu
+from lotaqaf_jax.kernels.parts import added
 
 __all__ = ["add_norm", "reference", "rms_norm"]
 
@@ -60,8 +59,7 @@ def add_norm(
 def reference(x: jax.Array, update: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """The equation, ``weight`` (size,)."""
     if update.ndim > x.ndim:
-        # One by one: the order of a reduction is XLA's to choose.
-        update = functools.reduce(jnp.add, update).astype(x.dtype)
+        update = added(update, x.dtype)
     x = x + update
     return x, rms_norm(x, weight, eps)
 
