@@ -1,4 +1,5 @@
-"""Run every kernel: over widths, groups, orders and odd sizes, attention over a cache over heads, rows and slots.
+"""Run every kernel: over widths, groups, orders and odd sizes, attention over a cache over heads, rows and slots; and
+all of them together, in small models that train, merge and write.
 
     python benchmarks/check_kernels.py [--jobs 4]
 
@@ -6,7 +7,9 @@ One line a case. Weights and merged words must equal the plain JAX implementatio
 in two places of a launch each other. Gradients and products are compared with plain JAX, or with float64, by relative
 error (norm of the difference over the norm). A residual sum, numbers rounded to float8, and caches that attention has
 written to, must equal plain JAX bit for bit; a norm is float64's but for two roundings, and what attention gathers is
-compared with float64. Exit status 1 if a case fails.
+compared with float64. In models, kernels run in loops over stacks of layers, within other programs: words and mu of a
+merge must again be equal, losses and norms of gradients agree with plain JAX, and generated tokens with the forward
+pass. Exit status 1 if a case fails.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes
 import jax
 import jax.numpy as jnp
 import numpy as np
+from agreement import generation_gap, merge_differs, step_differences, with_random_adapters
 from common import environment, relative_error
+from models import random_decoder
 
+from lotaqaf_jax.generation import generate
 from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, quantized_linear, weight_matrix
 from lotaqaf_jax.kernels.cached import cached_attention
 from lotaqaf_jax.kernels.choose import ADA, choose, compute_capability, missing_for_triton
@@ -38,6 +44,8 @@ from lotaqaf_jax.kernels.float8.product import quantized_columns
 from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
 from lotaqaf_jax.kernels.norm import add_norm
 from lotaqaf_jax.kernels.rope import apply_rope
+from lotaqaf_jax.models import QuantSpec, add_adapters, merge
+from lotaqaf_jax.models.presets import preset
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
@@ -53,7 +61,24 @@ RULES = (("reference", jnp.float32), ("paper", jnp.bfloat16), ("reference", jnp.
 RANKS = ((64, 14.0), (24, 4.3), (128, 20.5))
 # Ranks that the packed kernel does not take.
 HIGH_RANKS = ((2, 136), (3, 264), (4, 264))
-TOLERANCE = {"gradients": 5e-3, "product": 4e-3, "bfloat16": 6e-3, "float16": 1e-3}
+# Bits, group size, offset, activations' type, layers in all.
+MODELS = (
+    (4, 64, "reference", "bfloat16", 3),
+    (3, 32, "none", "float32", 2),
+    (2, -1, "paper", "bfloat16", 4),
+    (8, 128, "reference", "bfloat16", 1),
+)
+SMALL: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1152,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1000,
+}
+TOLERANCE = {"gradients": 5e-3, "product": 4e-3, "bfloat16": 6e-3, "float16": 1e-3, "loss": 1e-3, "norms": 2e-2}
+GAP = 0.5
+"""Standard deviations of the logits by which a generated token may miss the greatest."""
 # Rows, size, parts of the update (0: whole) and type.
 NORMS = tuple(itertools.product((1, 64, 128), (100, 896, 5120, 16384), (0, 2, 4), ("bfloat16", "float16")))
 # (heads, kv_heads), (rows, slots), the type of everything, head_dim.
@@ -213,21 +238,52 @@ def check_float8(number: int) -> tuple[bool, str]:
     return _result(f"{name:76}", wrong)
 
 
+def check_model(number: int) -> tuple[bool, str]:
+    """:func:`check` of a model: a step, the merge of its stacks, and generation in batches of 1 and 5."""
+    bits, group_size, offset, kind, layers = MODELS[number]
+    config = dataclasses.replace(preset("qwen2.5-14b"), **SMALL, num_hidden_layers=layers)
+    base = random_decoder(config, QuantSpec(bits, group_size), dtype=jnp.dtype(kind))
+    model = with_random_adapters(add_adapters(base, 24, 4.3, offset))
+    loss, norms = step_differences(model)
+    wrong = [name for name, error in (("loss", loss), ("norms", norms)) if not error <= TOLERANCE[name]]
+    wrong += [f"merge of {name}" for name in merge_differs(model)]
+    merged, gaps = merge(model), []
+    for rows in (1, 5):
+        prompt = np.random.default_rng(rows).integers(0, config.vocab_size, (rows, 20), dtype=np.int32)
+        written = generate(merged, prompt, np.full(rows, 20, np.int32), max_new_tokens=40).tokens
+        gaps.append(generation_gap(merged, prompt, np.asarray(written)))
+    wrong += ["generation"] if max(gap for _, gap in gaps) > GAP else []
+    wrong += [f"merge in place of {name}" for name in merge_differs(model, donate=True)]
+    numbers = f"loss {loss:.0e}, norms {norms:.0e}, other tokens {max(share for share, _ in gaps):.1%}"
+    name = f"model of {layers} layers, {bits} bit, group {group_size}, {offset}, {kind}"
+    return _result(f"{name:60} {numbers}", wrong)
+
+
 def main() -> None:
     """Run all cases."""
+    kinds: dict[str, tuple[Callable[[int], tuple[bool, str]], Sequence[Any]]] = {
+        "models": (check_model, MODELS),  # they take longest
+        "weights": (check, GRIDS),
+        "ranks": (check_high_rank, HIGH_RANKS),
+        "norm": (check_norm, NORMS),
+        "attention": (check_attention, ATTENTION),
+        "float8": (check_float8, FLOAT8),
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(kinds), default=list(kinds))
     parser.add_argument("--jobs", type=int, default=4, help="processes that share the card; most time is compilation")
     options = parser.parse_args()
     if missing := missing_for_triton():
         sys.exit(f"no Triton kernels to check: {missing}")
     print(f"{environment()}, implementation {choose()}")
-    float8 = FLOAT8 if (compute_capability() or ADA) >= ADA else ()  # Ampere has none
+    if (compute_capability() or ADA) < ADA:
+        kinds.pop("float8")  # Ampere has none
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        kinds = [(check, GRIDS), (check_high_rank, HIGH_RANKS), (check_norm, NORMS), (check_attention, ATTENTION)]
-        kinds.append((check_float8, float8))
-        for one, cases in kinds:
-            for passed, line in pool.map(one, range(len(cases))):
+        chosen = [kinds[name] for name in kinds if name in options.only]
+        # All are queued before any is waited for.
+        for lines in [pool.map(one, range(len(cases))) for one, cases in chosen]:
+            for passed, line in lines:
                 results.append(passed)
                 print(line, flush=True)
     failed = results.count(False)

@@ -3,7 +3,8 @@
     python benchmarks/decode.py [--model qwen2.5-14b] [--batch 1 64] [--dense]
 
 The time of a decoding step is the difference between two runs of different lengths over the difference in tokens, so
-that the prompt and the launch are not in it. ``bytes`` is the rate at which the weights could be read once a token at
+that the prompt and the launch are not in it. What was written is compared with the forward pass that trains, which uses
+none of the kernels of decoding. ``bytes`` is the rate at which the weights could be read once a token at
 the bandwidth of a device copy (4.3e12 bytes/s on an H200).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from agreement import generation_gap
 from common import COPY, environment, print_kernels, print_line, seconds_of, write_json
 from flax import nnx
 from models import random_decoder
@@ -28,6 +31,10 @@ from lotaqaf_jax.models import Decoder, QuantSpec
 from lotaqaf_jax.models.presets import preset
 
 PROMPT = 32
+GAP = 0.5
+"""Standard deviations of the logits by which a token may miss the greatest: ties, left open by rounding."""
+CHECKED = 4
+"""Rows that are compared."""
 
 
 def measure(model: Decoder, batch: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -35,15 +42,20 @@ def measure(model: Decoder, batch: int, options: argparse.Namespace) -> dict[str
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, PROMPT), dtype=np.int32)
     lengths = np.full(batch, PROMPT, np.int32)
 
-    def run(tokens: int) -> None:
-        generate(model, prompt, lengths, max_new_tokens=tokens)
+    def run(tokens: int) -> Any:
+        return generate(model, prompt, lengths, max_new_tokens=tokens)
 
     few, many = options.tokens
+    written = np.asarray(run(few).tokens)[:CHECKED]
+    missed, gap = generation_gap(model, prompt[:CHECKED], written)
+    if gap > GAP:
+        sys.exit(f"batch {batch}: a token's logit is {gap:.2f} deviations below the greatest of the forward pass.")
     short, long = (seconds_of(lambda n=n: run(n), repeats=3) for n in (few, many))
     step = (long - short) / (many - few)
     # Every weight but the embedding is read for a token.
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) - model.embed_tokens.weight.get_value().nbytes
     line = {"batch": batch, "step_ms": 1e3 * step, "tokens_per_s": batch / step, "bytes": batch * COPY / read}
+    line |= {"other_tokens": missed, "gap": gap}
     return line | ({"profile": print_kernels(lambda: run(few))} if options.profile else {})
 
 

@@ -2,24 +2,26 @@
 
     python benchmarks/merge.py [--model qwen2.5-14b]
 
-``bytes`` is what reading and writing the packed words once takes at the bandwidth of a device copy.
+First all words and mu are compared with plain JAX's, bit for bit. ``bytes`` is what reading and writing the packed
+words once takes at the bandwidth of a device copy.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
+import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+from agreement import merge_differs, with_random_adapters
 from common import COPY, environment, layer_arguments, seconds_of, write_json
 from flax import nnx
 from models import random_decoder
 
-from lotaqaf_jax.models import QuantSpec, Ternary, add_adapters, linears, merge
+from lotaqaf_jax.models import QuantSpec, add_adapters, linears, merge
 from lotaqaf_jax.models.presets import preset
 
 
@@ -31,12 +33,10 @@ def main() -> None:
     options = parser.parse_args()
     print(environment())
     quant = QuantSpec(options.bits, options.group_size)
-    model = add_adapters(random_decoder(preset(options.model), quant, stored=jnp.bfloat16), options.rank, options.omega)
-    # Fresh adapters have B = 0 and would move nothing.
-    for i, (_, linear) in enumerate(linears(model)):
-        adapter = linear.ternary
-        b = jax.random.randint(jax.random.key(i), adapter.b.shape, -1, 2, jnp.int8)
-        linear.adapter = Ternary(dataclasses.replace(adapter, b=b))
+    model = random_decoder(preset(options.model), quant, stored=jnp.bfloat16)
+    model = with_random_adapters(add_adapters(model, options.rank, options.omega))
+    if wrong := merge_differs(model):
+        sys.exit(f"The merged words or mu differ from plain JAX's: {', '.join(wrong)}")
 
     def run() -> None:
         jax.block_until_ready(nnx.state(merge(model)))

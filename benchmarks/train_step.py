@@ -3,10 +3,10 @@
     python benchmarks/train_step.py [--model qwen2.5-14b] [--rows 8] [--length 1024] [--recompute block products none]
         [--float8 0 1] [--peer]
 
-A line for each way of recomputing activations, with and without float8 for the gradient of the weights: seconds to
-compile, median seconds of a step after the first, tokens per second, and the peak of memory in use on the device. The
-step is the one that train.py runs: forward and backward pass over all layers, chunked loss,
-t-SignSGD. No token is padding, all are targets.
+A step of the first two layers is compared with one in plain JAX. Then there is a line for each way of recomputing
+activations, with and without float8 for the gradient of the weights: seconds to compile, median seconds of a step after
+the first, tokens per second, and the peak of memory in use on the device. The step is the one that train.py runs:
+forward and backward pass over all layers, chunked loss, t-SignSGD. No token is padding, all are targets.
 
 With --peer, peft_step.py runs first, as a process of its own that has the card to itself, and its lines come before
 ours and again after them.
@@ -15,6 +15,7 @@ ours and again after them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -29,7 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the p
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from agreement import batch_of, step_differences, with_random_adapters
 from common import environment, layer_arguments, print_kernels, print_line, write_json
 from models import random_decoder
 
@@ -38,13 +39,26 @@ from lotaqaf_jax.models.presets import preset
 from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
 
+LAYERS = 2
+"""Of the model whose step is compared with plain JAX."""
+TOLERANCE = (1e-3, 2e-2)
+"""Relative differences of losses and of gradients' norms: the kernels round intermediate results otherwise."""
 
-def batch_of(vocab_size: int, rows: int, length: int) -> dict[str, jax.Array]:
-    """Random tokens."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, (rows, length), dtype=np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    arrays = {"input_ids": ids, "labels": ids, "positions": positions, "segment_ids": np.ones_like(ids)}
-    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+def check(options: argparse.Namespace, recompute: Any, float8: bool) -> str:
+    """Compare a step of the first layers with one in plain JAX.
+
+    Raises:
+        SystemExit: they differ by more than rounding.
+    """
+    config = dataclasses.replace(preset(options.model), num_hidden_layers=LAYERS)
+    model = random_decoder(config, QuantSpec(options.bits, options.group_size), stored=jnp.bfloat16)
+    model = with_random_adapters(add_adapters(model, options.rank, options.omega, float8=float8))
+    found = step_differences(model, recompute)
+    line = f"loss off by {found[0]:.1e}, gradients' norms by {found[1]:.1e}"
+    if not all(value <= limit for value, limit in zip(found, TOLERANCE, strict=True)):
+        sys.exit(f"{recompute}, float8 {float8}: the step of {LAYERS} layers differs from plain JAX's: {line}")
+    return line
 
 
 def measure(options: argparse.Namespace, recompute: Any, float8: bool) -> dict[str, Any]:
@@ -110,6 +124,7 @@ def main() -> None:
     lines = []
     for recompute in options.recompute:
         for float8 in options.float8:
+            print(f"{recompute}, float8 {bool(float8)}: {check(options, recompute, bool(float8))}", flush=True)
             lines.append(measure(options, recompute, bool(float8)))
             print_line(lines[-1])
     for line in results["peer"]["lines"] if options.peer else []:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from typing import Literal, get_args
 
@@ -12,11 +13,14 @@ import jax
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.launch import interpreted
 
-__all__ = ["ADA", "AMPERE", "HOPPER", "Implementation", "choose", "compute_capability", "missing_for_triton"]
+__all__ = ["ADA", "AMPERE", "HOPPER", "KERNELS", "Implementation", "choose", "compute_capability", "missing_for_triton"]
 
 AMPERE = (8, 0)
 ADA = (8, 9)
 HOPPER = (9, 0)
+
+KERNELS = "LOTAQAF_KERNELS"
+"""Environment variable that says what None means, for whoever suspects a kernel: LOTAQAF_KERNELS=xla."""
 
 Implementation = Literal["xla", "triton"]
 
@@ -26,20 +30,23 @@ def choose(implementation: str | None = None) -> Implementation:
 
     Args:
         implementation: "xla" is plain JAX and runs everywhere; "triton" are kernels for NVIDIA cards of compute
-            capability 8.0 or more, or with TRITON_INTERPRET=1 for Triton's interpreter; None is "triton" where it runs,
-            and "xla", with one warning on a GPU, where not.
+            capability 8.0 or more, or with TRITON_INTERPRET=1 for Triton's interpreter; None is what LOTAQAF_KERNELS
+            says, without it "triton" where it runs, and "xla", with one warning on a GPU, where not.
 
     Raises:
         ConfigError: an unknown name, or "triton" without the packages it needs.
     """
+    name = "implementation"
     if implementation is None:
+        name, implementation = KERNELS, os.environ.get(KERNELS)
+    if not implementation:
         return _default(jax.default_backend())
     if implementation not in get_args(Implementation):
-        raise ConfigError(f"implementation: found {implementation!r}, expected one of {get_args(Implementation)}.")
+        raise ConfigError(f"{name}: found {implementation!r}, expected one of {get_args(Implementation)}.")
     if implementation == "triton" and (missing := _missing_packages()):
         raise ConfigError(
-            f"implementation: 'triton' needs {missing}; pip install 'lotaqaf_jax[gpu]', or leave implementation out "
-            "to use what is there."
+            f"{name}: 'triton' needs {missing}; pip install 'lotaqaf_jax[gpu]', or leave {name} out to use what is "
+            "there."
         )
     return implementation  # type: ignore[return-value]
 

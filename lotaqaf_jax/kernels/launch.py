@@ -51,7 +51,9 @@ def launch(
         fuse: whether a product and a sum may be contracted into one operation that rounds once.
         registers: the most that a thread may take, or None for what the compiler likes; before jax-triton 0.4, always
             that.
-        aliases: {input: output} that share a buffer; the inputs before it are arrays.
+        aliases: {input: output} that share a buffer; the inputs before it are arrays. An input must not be the slice of
+            a stack that a loop goes over: XLA may then let the kernel read and write within the stacks (dynamic slice
+            fusion, with jax-triton 0.4), and forgets there that the two are one.
         constants: the kernel's ``tl.constexpr`` parameters.
     """
     if interpreted():

@@ -15,7 +15,7 @@ __all__ = ["merge_adapter", "merge_and_count"]
 
 
 def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: str | None = None) -> QuantizedWeight:
-    """:func:`lotaqaf_jax.ternary.merge` of an adapter, the new words in place of the old where those are not needed.
+    """:func:`lotaqaf_jax.ternary.merge` of an adapter.
 
     Every implementation gives the same words and the same offset, bit for bit.
 
@@ -29,7 +29,7 @@ def merge_adapter(w: QuantizedWeight, adapter: TernaryAdapter, implementation: s
     """
     check_settings(adapter.rank, adapter.omega, adapter.offset)
     if choose(implementation) == "triton":
-        return gpu.merged(w, adapter, in_place=True)[0]
+        return gpu.merged(w, adapter)[0]
     return _plain(w, adapter)
 
 

@@ -153,13 +153,15 @@ def _check_unadapted(model: Decoder) -> None:
             )
 
 
-def merge(model: Decoder) -> Decoder:
+def merge(model: Decoder, *, donate: bool = False) -> Decoder:
     """Take the adapters into the packed weights: integers move by at most one step, mu becomes the weight's offset.
 
     Nothing is rounded: the merged model's logits equal those of ``model`` bit for bit.
 
     Args:
         model: a decoder with adapters.
+        donate: put the new words where those of ``model`` are, which cannot be used any more; without, there is memory
+            for both.
 
     Returns:
         A new model without adapters, its weights of the same size.
@@ -172,7 +174,11 @@ def merge(model: Decoder) -> Decoder:
     if not adapted:
         raise ConfigError("the model has no adapters to merge; call add_adapters first.")
     for _, linear, adapter in adapted:
-        linear.weight.set_value(_merge_stack(linear.packed, adapter))
+        # The words apart from the rest, which the new weight shares with the old.
+        words: Any = None
+        rest = dataclasses.replace(linear.packed, qweight=words)
+        words, mu = (_merge_stack_in_place if donate else _merge_stack)(linear.packed.qweight, rest, adapter)
+        linear.weight.set_value(dataclasses.replace(rest, qweight=words, offset=mu))
         linear.adapter = nnx.data(None)
     return model
 
@@ -226,9 +232,21 @@ def _init_stack(seed: int, labels: jax.Array, n_in: int, n_out: int, rank: int) 
 
 
 # Scans rather than batches over the stacked layers: one layer's unpacked integers at a time.
-@jax.jit
-def _merge_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> QuantizedWeight:
-    return jax.lax.map(lambda pair: merge_adapter(*pair), (weights, adapters))
+def _merged_stack(
+    words: jax.Array, rest: QuantizedWeight, adapters: TernaryAdapter
+) -> tuple[jax.Array, jax.Array | None]:
+    """New words and mu of every layer of a stack. The words go round the loop, so that they can stay where they are."""
+
+    def one(words: jax.Array, layer: tuple[jax.Array, QuantizedWeight, TernaryAdapter]) -> tuple[jax.Array, Any]:
+        i, rest, adapter = layer
+        merged = merge_adapter(dataclasses.replace(rest, qweight=words[i]), adapter)
+        return words.at[i].set(merged.qweight), merged.offset
+
+    return jax.lax.scan(one, words, (jnp.arange(len(words)), rest, adapters))
+
+
+_merge_stack = jax.jit(_merged_stack)
+_merge_stack_in_place = jax.jit(_merged_stack, donate_argnums=0)
 
 
 @jax.jit

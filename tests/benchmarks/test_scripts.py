@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+
+from lotaqaf_jax.generation import generate
+from lotaqaf_jax.models import add_adapters, merge
+from tests.models.tiny import quantized_decoder
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
@@ -129,6 +134,29 @@ def test_the_check_of_attention_tells_of_another_cache(load: Load, monkeypatch: 
     passed, line = checks.check_attention(0)
     assert not passed
     assert line.endswith("FAILED values")
+
+
+def test_the_checks_of_models_tell_of_other_words_and_tokens(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = load("agreement")
+    model = agreement.with_random_adapters(add_adapters(quantized_decoder(), 6, 1.7))
+    assert agreement.merge_differs(model) == []
+    merged = merge(model)
+    prompt = np.arange(12, dtype=np.int32).reshape(2, 6)
+    written = np.array(generate(merged, prompt, np.full(2, 6), max_new_tokens=5).tokens)
+    assert agreement.generation_gap(merged, prompt, written) == (0, 0)
+    written[1, 3] = (written[1, 3] + 1) % model.config.vocab_size
+    missed, gap = agreement.generation_gap(merged, prompt, written)
+    assert missed > 0
+    assert gap > 0
+
+    def shifted(model: Any, *, donate: bool = False) -> Any:
+        merged = merge(model, donate=donate)
+        w = merged.segments[0].linear("mlp.up_proj").weight
+        w.set_value(dataclasses.replace(w.get_value(), qweight=w.get_value().qweight.at[1, 2, 3].add(1)))
+        return merged
+
+    monkeypatch.setattr(agreement, "merge", shifted)
+    assert agreement.merge_differs(model, donate=True) == ["model.layers.0.mlp.up_proj"]
 
 
 def test_tune_marks_the_entry_in_use_and_names_what_fails(

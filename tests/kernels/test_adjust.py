@@ -68,7 +68,7 @@ def test_the_count_is_that_of_moved_integers() -> None:
     for grid in (TILED[1], TILED[3], UNTILED[0]):
         w, t = case(grid, RULES[0])
         steps = ternary_step(w, t.a, t.b, omega=t.omega)
-        merged, moved = gpu.merged(w, t, count=True, in_place=True)
+        merged, moved = gpu.merged(w, t, count=True)
         assert int(moved.sum()) == int(jnp.abs(steps).sum()) > 0
         np.testing.assert_array_equal(merged.integers() - w.integers(), steps)
 

@@ -188,8 +188,15 @@ def test_adapters_are_a_pytree_with_their_rule_in_the_structure() -> None:
     assert (back.omega, back.offset, back.offset_dtype) == (5, "paper", jnp.bfloat16)
 
 
-def test_implementations_have_names() -> None:
+def test_implementations_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose() == choose("xla") == "xla"
+    monkeypatch.setenv("LOTAQAF_KERNELS", "xla")
+    assert choose() == "xla"
+    monkeypatch.setenv("LOTAQAF_KERNELS", "cuda")
+    assert choose("xla") == "xla"
+    with pytest.raises(ConfigError, match="LOTAQAF_KERNELS: found 'cuda', expected one of"):
+        choose()
+    monkeypatch.setenv("LOTAQAF_KERNELS", "")
     w, adapter = case(0, GRIDS[0], 8, 5, "paper")
     with pytest.raises(ConfigError, match="implementation: found 'cuda', expected one of"):
         quantized_linear(rows(0, 2, 64), w, adapter, implementation="cuda")

@@ -91,6 +91,20 @@ def test_merging_changes_no_bit_of_the_logits(quant: QuantSpec, settings: dict[s
         np.testing.assert_array_equal(ours.packed.scales, theirs.packed.scales)
 
 
+@pytest.mark.parametrize("quant", [QuantSpec(3, 32), QuantSpec(2, 16, act_order=True)], ids=lambda value: value.bits)
+def test_merged_words_may_take_the_place_of_the_models_own(quant: QuantSpec) -> None:
+    model = adapted(quantized_decoder(SQUARE, quant), rank=6, omega=1.7)
+    kept = merge(model)
+    scales = [linear.packed.scales for _, linear in linears(model)]
+    old = [linear.packed.qweight for _, linear in linears(model)]
+    merged = merge(model, donate=True)
+    assert all(words.is_deleted() for words in old)
+    for (_, one), (_, other), before in zip(linears(merged), linears(kept), scales, strict=True):
+        assert one.packed.scales is before
+        np.testing.assert_array_equal(one.packed.qweight, other.packed.qweight)
+        np.testing.assert_array_equal(one.packed.offset, other.packed.offset)
+
+
 def test_int8_and_float_adapters_give_the_same_bits(model: Decoder) -> None:
     settings = {"rank": 6, "omega": 1.7}
     one, other = (adapted(model, kind, **settings)(tokens()) for kind in (jnp.int8, jnp.float32))

@@ -53,7 +53,6 @@ def merged(
     w: QuantizedWeight,
     adapter: TernaryAdapter,
     *,
-    in_place: bool = False,
     count: bool = False,
     blocks: AdjustBlocks | None = None,
 ) -> tuple[QuantizedWeight, jax.Array]:
@@ -62,18 +61,16 @@ def merged(
     Args:
         w: the quantised weight.
         adapter: its adapters.
-        in_place: put the new words where the old ones are, if nothing else needs them; else XLA copies them first.
         count: whether to count; without, the second result means nothing.
         blocks: the tile, for measuring; None is the table's. It holds whole groups wherever the table's does.
     """
     packs = can_pack(w.bits, adapter.rank)
     whole = None if w.g_idx is not None else (packed_blocks if packs else merge_blocks)(w.bits, w.group_size)
-    # A tile without whole groups: its offset is summed up afterwards, for which the old words are needed.
+    # A tile without whole groups: its offset is summed up afterwards.
     here = whole is not None and adapter.offset != "none"
-    in_place = in_place and (here or adapter.offset == "none")
     within = adapter if here else dataclasses.replace(adapter, offset="none")
     blocks = blocks or whole or (any_packed_blocks if packs else step_blocks)(w.bits)
-    words, mu, moved, *_ = (_packed if packs else _plain)(w, within, blocks, in_place=in_place, count=count)
+    words, mu, moved, *_ = (_packed if packs else _plain)(w, within, blocks, count=count)
     offset: jax.Array | None = None
     if here:
         offset = mu
@@ -91,7 +88,6 @@ def _packed(
     adapter: TernaryAdapter,
     blocks: AdjustBlocks,
     *,
-    in_place: bool = False,
     count: bool = False,
     weight: Any = None,
 ) -> list[jax.Array]:
@@ -99,7 +95,7 @@ def _packed(
     from lotaqaf_jax.kernels.adjust.packed import packed_kernel
 
     values = packed_values(w.bits)
-    grid, out, settings = _tiles(w, adapter, blocks, values, in_place=in_place, count=count, words=weight is None)
+    grid, out, settings = _tiles(w, adapter, blocks, values, count=count, words=weight is None)
     # A by tile, value of the period and period, as the kernel multiplies it.
     tiles, rank = grid[1], padded(adapter.rank)
     rest = ((0, tiles * blocks.periods * values - w.shape[0]), (0, rank - adapter.rank))
@@ -122,12 +118,10 @@ def _packed(
     )
 
 
-def _plain(
-    w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *, in_place: bool, count: bool
-) -> list[jax.Array]:
+def _plain(w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *, count: bool) -> list[jax.Array]:
     """New words, mu, and the counts of moved integers."""
     values, words = period_of(w.bits)
-    grid, out, settings = _tiles(w, adapter, blocks, values, in_place=in_place, count=count, words=True)
+    grid, out, settings = _tiles(w, adapter, blocks, values, count=count, words=True)
     return launch(
         _kernels().merge_kernel,
         w.qweight,
@@ -160,7 +154,6 @@ def _tiles(
     blocks: AdjustBlocks,
     values: int,
     *,
-    in_place: bool,
     count: bool,
     words: bool,
 ) -> tuple[tuple[int, int], list[jax.ShapeDtypeStruct], dict[str, Any]]:
@@ -176,7 +169,6 @@ def _tiles(
     settings = _sizes(w) | {
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
-        "aliases": {0: 0} if in_place else None,
         "rank": adapter.rank,
         "BITS": w.bits,
         "VALUES": values,
@@ -186,7 +178,6 @@ def _tiles(
         "DROP": 23 - min(jnp.finfo(dtype).nmant, 22),
         "FLUSH": jnp.dtype(dtype) == jnp.float16,
         "COUNT": count,
-        "IN_PLACE": in_place,
         "BLOCK_P": blocks.periods,
         "BLOCK_N": blocks.columns,
     }

@@ -220,7 +220,7 @@ def packed_kernel(
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
-    COUNT: tl.constexpr, IN_PLACE: tl.constexpr, WEIGHT: tl.constexpr, INTERPRET: tl.constexpr,
+    COUNT: tl.constexpr, WEIGHT: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile: with WEIGHT its adjusted weight, else its merged words and, with OFFSET, its mu.
@@ -228,8 +228,6 @@ def packed_kernel(
     With OFFSET the tile holds whole groups of GROUP consecutive rows; otherwise a group may be any multiple of two
     periods. ``a`` is (tiles, VALUES, BLOCK_P, RANK).
     """
-    if IN_PLACE:
-        new_words_ptr = words_ptr
     tile = tl.program_id(1)
     period = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -262,8 +260,7 @@ def packed_kernel(
         x0, x1, x2, x3 = _put_part(x0, x1, x2, x3, x, j * BITS // PART)
     if not WEIGHT:
         if BITS == 3:
-            if IN_PLACE:
-                tl.debug_barrier()  # Both pairs of a shared word have read it.
+            tl.debug_barrier()  # The new words may lie where the old ones are: both pairs have read a shared one.
             three = _three_words(x0, x1, x2)
             row = (tile * (BLOCK_P // 4) + tl.arange(0, BLOCK_P // 4)) * 3
             for i in tl.static_range(3):

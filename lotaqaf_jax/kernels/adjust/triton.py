@@ -160,15 +160,13 @@ def merge_kernel(
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
     OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
-    COUNT: tl.constexpr, IN_PLACE: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merged words of one tile, and its offset, for which it holds whole groups of GROUP consecutive rows.
 
-    Without OFFSET no group matters, and GROUP is not looked at. With IN_PLACE the merged words go where the words were.
+    Without OFFSET no group matters, and GROUP is not looked at. The new words may lie where the old ones are.
     """
-    if IN_PLACE:
-        new_words_ptr = words_ptr
     tile = tl.program_id(1)
     period = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
