@@ -83,7 +83,7 @@ def merge_differs(model: Decoder, *, donate: bool = False) -> list[str]:
 
     With ``donate`` the words of ``model`` are given up; plain JAX has seen them before.
     """
-    truths = [_plain_merge(linear.packed, linear.ternary) for _, linear in linears(model)]
+    truths = _plain_merges([(linear.packed, linear.ternary) for _, linear in linears(model)])
     wrong = []
     for (names, linear), (words, mu) in zip(linears(merge(model, donate=donate)), truths, strict=True):
         equal = np.array_equal(linear.packed.qweight, words)
@@ -95,9 +95,9 @@ def merge_differs(model: Decoder, *, donate: bool = False) -> list[str]:
 
 
 @jax.jit
-def _plain_merge(weights: Any, adapters: Any) -> tuple[jax.Array, jax.Array | None]:
-    merged = jax.lax.map(lambda pair: merge_adapter(*pair, "xla"), (weights, adapters))
-    return merged.qweight, merged.offset
+def _plain_merges(stacks: list[tuple[Any, Any]]) -> list[tuple[jax.Array, jax.Array | None]]:
+    merged = [jax.lax.map(lambda pair: merge_adapter(*pair, "xla"), stack) for stack in stacks]
+    return [(weight.qweight, weight.offset) for weight in merged]
 
 
 def generation_gap(model: Decoder, prompt: np.ndarray, written: np.ndarray) -> tuple[float, float]:

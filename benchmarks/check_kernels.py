@@ -66,7 +66,6 @@ MODELS = (
     (4, 64, "reference", "bfloat16", 3),
     (3, 32, "none", "float32", 2),
     (2, -1, "paper", "bfloat16", 4),
-    (8, 128, "reference", "bfloat16", 1),
 )
 SMALL: dict[str, Any] = {
     "hidden_size": 512,
@@ -239,7 +238,7 @@ def check_float8(number: int) -> tuple[bool, str]:
 
 
 def check_model(number: int) -> tuple[bool, str]:
-    """:func:`check` of a model: a step, the merge of its stacks, and generation in batches of 1 and 5."""
+    """:func:`check` of a model: a step, the merge of its stacks, and generation."""
     bits, group_size, offset, kind, layers = MODELS[number]
     config = dataclasses.replace(preset("qwen2.5-14b"), **SMALL, num_hidden_layers=layers)
     base = random_decoder(config, QuantSpec(bits, group_size), dtype=jnp.dtype(kind))
@@ -247,14 +246,13 @@ def check_model(number: int) -> tuple[bool, str]:
     loss, norms = step_differences(model)
     wrong = [name for name, error in (("loss", loss), ("norms", norms)) if not error <= TOLERANCE[name]]
     wrong += [f"merge of {name}" for name in merge_differs(model)]
-    merged, gaps = merge(model), []
-    for rows in (1, 5):
-        prompt = np.random.default_rng(rows).integers(0, config.vocab_size, (rows, 20), dtype=np.int32)
-        written = generate(merged, prompt, np.full(rows, 20, np.int32), max_new_tokens=40).tokens
-        gaps.append(generation_gap(merged, prompt, np.asarray(written)))
-    wrong += ["generation"] if max(gap for _, gap in gaps) > GAP else []
+    merged, rows = merge(model), 5
+    prompt = np.random.default_rng(number).integers(0, config.vocab_size, (rows, 20), dtype=np.int32)
+    written = generate(merged, prompt, np.full(rows, 20, np.int32), max_new_tokens=40).tokens
+    missed, gap = generation_gap(merged, prompt, np.asarray(written))
+    wrong += ["generation"] if gap > GAP else []
     wrong += [f"merge in place of {name}" for name in merge_differs(model, donate=True)]
-    numbers = f"loss {loss:.0e}, norms {norms:.0e}, other tokens {max(share for share, _ in gaps):.1%}"
+    numbers = f"loss {loss:.0e}, norms {norms:.0e}, other tokens {missed:.1%}"
     name = f"model of {layers} layers, {bits} bit, group {group_size}, {offset}, {kind}"
     return _result(f"{name:60} {numbers}", wrong)
 
