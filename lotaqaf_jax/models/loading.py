@@ -2,14 +2,15 @@
 
 Shapes are settled from the file headers before anything is read, and every problem found there is reported at once.
 Then the tensors go from the memory-mapped files into their places in the layer stacks on the device: large ones one at
-a time, small ones of several layers together, so that the host never holds more than one large tensor or a fiftieth of
-the checkpoint.
+a time, small ones of several layers together, the next being read while one is copied, so that the host never holds
+more than two large tensors or two fiftieths of the checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -171,12 +172,32 @@ _Check = Callable[[np.ndarray, str], Any] | None
 _Decode = Callable[[np.ndarray], jax.Array] | None
 
 
+_THREADS = 8
+_SHARE = 2**22
+
+
+def _copy(target: np.ndarray, source: np.ndarray, threads: ThreadPoolExecutor) -> None:
+    """target[...] = source, in ``_THREADS`` parts at once, unless small: one thread reads a file's pages at 2 GB/s."""
+    if source.nbytes < 2 * _SHARE or source.ndim == 0:
+        target[...] = source
+        return
+    parts = min(_THREADS, source.nbytes // _SHARE, len(source))
+    edges = [len(source) * i // parts for i in range(parts + 1)]
+
+    def one(i: int) -> None:
+        target[edges[i] : edges[i + 1]] = source[edges[i] : edges[i + 1]]
+
+    for _ in threads.map(one, range(parts)):
+        pass
+
+
 class _Reader:
     """Reads tensors and stacks of them, and counts the bytes."""
 
-    def __init__(self, folder: CheckpointFolder, count: Callable[[int], Any]) -> None:
+    def __init__(self, folder: CheckpointFolder, count: Callable[[int], Any], threads: ThreadPoolExecutor) -> None:
         self.folder = folder
         self.count = count
+        self.threads = threads
         # Small against the model and, for a very large one, against a host.
         self.most = min(folder.nbytes // 50, 2**27)
 
@@ -198,30 +219,27 @@ class _Reader:
         count = len(names)
         rows = max(n for n in range(1, count + 1) if n == 1 or (n * size <= self.most and count % n == 0))
         if rows == count:
-            whole = self._rows(names, dtype, check, decode, copied=True)
+            whole = self._rows(names, dtype, check, decode)
             return jax.block_until_ready(whole if decode else jax.device_put(whole))
         stack = jnp.zeros((count, *shape), dtype)
         for i in range(0, count, rows):
-            part = self._rows(names[i : i + rows], dtype, check, decode, copied=False)
-            # Waited for, because on a busy machine the host runs ahead of the copies and holds many rows at once.
-            stack = _place(stack, part, i).block_until_ready()
-        return stack
+            part = self._rows(names[i : i + rows], dtype, check, decode)
+            # The part before is copied to the device while this one is read, and then waited for: on a busy machine the
+            # host would otherwise run ahead of the copies and hold many parts at once.
+            stack = _place(stack.block_until_ready(), part, i)
+        return stack.block_until_ready()
 
-    def _rows(self, names: list[str], dtype: Any, check: _Check, decode: _Decode, *, copied: bool) -> Any:
-        """Tensors put together on the host, or decoded on the device. One that need not be copied stays in its file."""
+    def _rows(self, names: list[str], dtype: Any, check: _Check, decode: _Decode) -> Any:
+        """Tensors put together on the host, or decoded on the device."""
         found = None
         for i, name in enumerate(names):
             array = self.array(name)
             if check is not None:
                 check(array, name)
-            kind = array.dtype if decode else dtype
-            if len(names) == 1 and not copied and array.dtype == kind:
-                found = array[None]
-                break
             if found is None:
                 # No view of the file: a CPU array may share its memory, and another process can overwrite the file.
-                found = np.empty((len(names), *array.shape), kind)
-            found[i] = array
+                found = np.empty((len(names), *array.shape), array.dtype if decode else dtype)
+            _copy(found[i], array, self.threads)
         return found if decode is None or found is None else decode(found)
 
 
@@ -243,8 +261,9 @@ def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress
     config = DecoderConfig.from_hf(folder.config)
     spec = read_spec(folder, config)
     decoder = nnx.eval_shape(lambda: Decoder(config, spec, dtype))
-    with tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress) as bar:
-        reader = _Reader(folder, bar.update)
+    bar = tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress)
+    with bar, ThreadPoolExecutor(_THREADS) as threads:
+        reader = _Reader(folder, bar.update, threads)
         # Copied, since a CPU array may otherwise be a view of the file, which another process can overwrite.
         decoder.embed_tokens.weight.set_value(jnp.array(reader.array("model.embed_tokens.weight")))
         decoder.norm.weight.set_value(jnp.array(reader.array("model.norm.weight"), spec.norm_dtype))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from lotaqaf_jax.errors import CheckpointError, ConfigError
-from lotaqaf_jax.models import DecoderConfig, linears, load_pretrained
+from lotaqaf_jax.models import DecoderConfig, linears, load_pretrained, loading
 from lotaqaf_jax.models.loading import _Reader, read_spec
 from lotaqaf_jax.quant import QuantizedWeight, decode_zeros, encode_zeros, pack
 from lotaqaf_jax.quant.folder import CheckpointFolder
@@ -62,16 +63,20 @@ def spec_of(folder: Path) -> Any:
 
 @pytest.mark.parametrize("most", [0, 2, 3, 4, 100], ids=lambda most: f"{most} tensors at once")
 @pytest.mark.parametrize("decoded", [False, True])
-def test_a_stack_is_the_same_however_many_tensors_go_at_once(tmp_path: Path, most: int, decoded: bool) -> None:
+def test_a_stack_is_the_same_however_many_tensors_go_at_once(
+    tmp_path: Path, most: int, decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = {f"layer{i}": np.random.default_rng(i).integers(-9, 9, (3, 5), dtype=np.int32) for i in range(4)}
     shutil.copy(PLAIN / "config.json", tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
     counted: list[int] = []
-    reader = _Reader(CheckpointFolder(tmp_path), counted.append)
-    reader.most = most * tensors["layer0"].nbytes
-    stack = reader.stack(
-        list(tensors), (3, 5), jnp.int32, decode=(lambda part: 2 * jnp.asarray(part)) if decoded else None
-    )
+    monkeypatch.setattr(loading, "_SHARE", 20)  # so that a tensor is copied in parts
+    with ThreadPoolExecutor(2) as threads:
+        reader = _Reader(CheckpointFolder(tmp_path), counted.append, threads)
+        reader.most = most * tensors["layer0"].nbytes
+        stack = reader.stack(
+            list(tensors), (3, 5), jnp.int32, decode=(lambda part: 2 * jnp.asarray(part)) if decoded else None
+        )
     np.testing.assert_array_equal(stack, (2 if decoded else 1) * np.stack(list(tensors.values())))
     assert sum(counted) == sum(array.nbytes for array in tensors.values())
 
