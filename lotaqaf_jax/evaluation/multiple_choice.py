@@ -245,6 +245,6 @@ def _letters(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if len(before) > 1 or len(set(last)) < len(LETTERS):
         raise DataError(
             f"behind 'Answer:' the tokenizer makes {[ids[-3:] for ids in encoded]} of the letters (last three "
-            "tokens of each), expected one token for each letter behind the same tokens; this model cannot be asked MMLU."
+            "tokens of each), expected one token for each letter behind the same ones; this model cannot be asked MMLU."
         )
     return last

@@ -6,7 +6,7 @@ can be read and says what the reference says.
 =======  =====================================================================================================
 rule     two texts say the same if
 =======  =====================================================================================================
-gsm8k    the first ``####`` of each is followed by the same number (:func:`gsm8k_answer`)
+gsm8k    the number behind ``####`` is the same (:func:`gsm8k_answer`)
 viggo    function and set of attributes with their values are the same (:func:`viggo_representation`)
 sql      they are the same string, but for white space at the ends
 text     they are the same string, but for white space at the ends
@@ -43,23 +43,26 @@ class Rule:
 
 
 # A number may have a minus and a dollar sign, in either order, and commas between its digits.
-_GSM8K = re.compile(r"####\s*(?:(-)?\$?|\$(-)?)([0-9][0-9,]*)?(?:\.([0-9]+))?")
+_GSM8K = re.compile(r"####\s*(-?\$?|\$-)(?:([0-9][0-9,]*)(?:\.([0-9]+))?|\.([0-9]+))")
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """The number after the first ``####``, without commas, dollar sign and trailing zeros; None if there is none.
+    """The number behind the first ``####`` that one follows, without commas and dollar sign; None if there is none.
 
-    ``"... #### 1,234"`` and ``"#### $1234.00 a day"`` give ``"1234"``. What comes behind the number does not count, so
-    that a model which goes on to another question is judged by its first answer.
+    Zeros that change nothing are left out: ``"... #### 1,234"`` and ``"#### $1234.00 a day"`` both give ``"1234"``.
+    What comes behind the number does not count, so that a model which goes on to another question is judged by its
+    first answer.
 
     Source: the answer format of GSM8K (arXiv 2110.14168).
     """
     found = _GSM8K.search(text)
-    if found is None or found[3] is found[4] is None:
+    if found is None:
         return None
-    whole, part = (found[3] or "").replace(",", "").lstrip("0"), (found[4] or "").rstrip("0")
-    number = (whole or "0") + (f".{part}" if part else "")
-    return f"-{number}" if (found[1] or found[2]) and number != "0" else number
+    sign, whole, *parts = found.groups()
+    whole = (whole or "").replace(",", "").lstrip("0") or "0"
+    part = next((part for part in parts if part), "").rstrip("0")
+    number = f"{whole}.{part}" if part else whole
+    return f"-{number}" if "-" in sign and number != "0" else number
 
 
 _FUNCTION = re.compile(r"\s*(\w+)\s*\((.*)\)\s*", re.DOTALL)
