@@ -71,8 +71,8 @@ def test_viggo_lists_and_values(one: str, other: str, same: bool) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "f", "f(name[a]", "f(name[a)", "f(name[a],)", "f(,name[a])", "f(name[a] b[c])", "f(name)", "f(name[a]) and more",
-     "say f(name[a])", "f(name[a]])", "f(n[[a]])", "f(name[a]),g(name[b])"],
+    ["", "f", "f(name[a]", "f(name[a)", "f(name[a],)", "f(,name[a])", "f(name[a] b[c])", "f(name)", "f(name[a]])",
+     "f(name[a]) and more", "say f(name[a])", "f(n[[a]])", "f(name[a]),g(name[b])"],
 )  # fmt: skip
 def test_viggo_what_is_no_representation(text: str) -> None:
     assert viggo_representation(text) is None
