@@ -77,7 +77,7 @@ def log_likelihoods(
     with tqdm(total=len(spans), desc=progress, unit="row", leave=False, disable=progress is None) as bar:
         for rows, size in _batches([len(span.ids) - 1 for span in spans], batch_size):
             longest = max(len(spans[i].ids) for i in rows) - 1
-            inputs = np.zeros((size, bucket(longest, 16, 4)), np.int32)
+            inputs = np.zeros((size, bucket(longest, 32, 4)), np.int32)
             targets = np.full_like(inputs, IGNORE)
             for place, i in enumerate(rows):
                 ids, start = spans[i]
@@ -128,14 +128,14 @@ def next_token_scores(
     shared = shared if shared >= _LEAST_SHARED else 0
     prefix: Prefix | None = None
     if shared:
-        beginning = np.zeros((1, bucket(shared, 64, 4)), np.int32)
+        beginning = np.zeros((1, bucket(shared, 128, 2)), np.int32)
         beginning[0, :shared] = prompts[0][:shared]
         prefix = _prefix(graph, state, beginning, np.int32(shared))
     scores = np.zeros((len(prompts), len(tokens)), np.float32)
     for rows, size in _batches([len(prompt) - shared for prompt in prompts], batch_size):
         lengths = np.ones(size, np.int32)
         lengths[: len(rows)] = [len(prompts[i]) - shared for i in rows]
-        inputs = np.zeros((size, bucket(int(lengths.max()), 16, 4)), np.int32)
+        inputs = np.zeros((size, bucket(int(lengths.max()), 32, 2)), np.int32)
         for place, i in enumerate(rows):
             inputs[place, : lengths[place]] = prompts[i][shared:]
         scores[rows] = np.asarray(_next(graph, state, prefix, inputs, lengths, np.asarray(tokens)))[: len(rows)]
@@ -145,17 +145,16 @@ def next_token_scores(
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Rows of similar length, the longest first, and to how many rows they are filled up: as many in every batch.
+    """Rows of similar length, the longest first, and to how many rows they are filled up.
 
-    Batches are as equal as can be, rather than full ones and a rest, so that little is filled up.
+    Full batches, and a rest that is filled up to a power of two: so that few programs are compiled, however many rows
+    there are.
     """
     batch_size = integer("batch_size", batch_size, "a whole number from 1 on", 1)
-    if not lengths:
-        return
     order = np.argsort([-length for length in lengths], kind="stable")
-    batches = np.array_split(order, -(-len(order) // batch_size))
-    for rows in batches:
-        yield rows, len(batches[0])
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield rows, min(batch_size, bucket(len(rows), 1))
 
 
 def _check_ids(model: Decoder, sequences: Sequence[Sequence[int]]) -> None:
