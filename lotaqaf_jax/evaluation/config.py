@@ -59,12 +59,10 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name}: found {value}, expected {least} or more.")
-        if self.model is not None and not self.tasks:
-            raise ConfigError("--tasks is missing. Name at least one, such as gsm8k or perplexity:file.txt.")
-        if self.model is None and self.adapter is None and not self.tasks:
+        if not self.tasks:
+            if self.model is not None or self.adapter is not None:
+                raise ConfigError("--tasks is missing. Name at least one, such as gsm8k or perplexity:file.txt.")
             self.tasks = [f"match:{DEFAULT_HELDOUT}"]
-        if self.model is None and not self.tasks:
-            raise ConfigError("--tasks is missing. Name at least one, such as gsm8k or perplexity:file.txt.")
         self.model = str(DEFAULT_MODEL) if self.model is None else self.model
 
     @property
