@@ -18,8 +18,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Opens what we write with GPTQModel, transformers and PEFT, which live in an environment of their own.
-interop: $(VENV)/.installed-test $(INTEROP_VENV)/.installed
+# Opens what we write with GPTQModel, transformers and PEFT, which live in an environment of their own, and runs lm-eval's
+# tasks on a model of ours.
+interop: $(VENV)/.installed-eval $(INTEROP_VENV)/.installed
 	LOTAQAF_INTEROP_PYTHON=$(abspath $(INTEROP_VENV)/bin/python) $(BIN)/python -m pytest -n 0 tests/interop --run-interop
 
 $(VENV)/bin/python:
@@ -36,6 +37,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-eval: $(VENV)/.installed-test
+	$(BIN)/python $(PIP_INSTALL) -e '.[eval]'
 	touch $@
 
 # torch first: GPTQModel asks for it while it is being installed.

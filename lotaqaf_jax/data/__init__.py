@@ -11,7 +11,7 @@ from lotaqaf_jax.data.formats import FORMATS, Chat, Completion, Example, Message
 from lotaqaf_jax.data.packing import Batch
 from lotaqaf_jax.data.pipeline import Batches, BatchStream, DataReport, TrainingData, load_data
 from lotaqaf_jax.data.preview import preview
-from lotaqaf_jax.data.sources import EXTENSIONS, PRESETS, Examples, load_examples
+from lotaqaf_jax.data.sources import EXTENSIONS, PRESETS, Examples, Rows, load_examples, load_rows, make_examples
 from lotaqaf_jax.data.tokenize import (
     IGNORE,
     Limits,
@@ -37,6 +37,7 @@ __all__ = [
     "Examples",
     "Limits",
     "Message",
+    "Rows",
     "Text",
     "Tokenized",
     "TokenizedExamples",
@@ -44,6 +45,8 @@ __all__ = [
     "end_of_turn_id",
     "load_data",
     "load_examples",
+    "load_rows",
+    "make_examples",
     "preview",
     "tokenize_examples",
 ]

@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +36,19 @@ from lotaqaf_jax.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["EXTENSIONS", "PRESETS", "Examples", "Preset", "Row", "find_split", "load_examples", "read_file"]
+__all__ = [
+    "EXTENSIONS",
+    "PRESETS",
+    "Examples",
+    "Preset",
+    "Row",
+    "Rows",
+    "find_split",
+    "load_examples",
+    "load_rows",
+    "make_examples",
+    "read_file",
+]
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 """What a file may end in; each also with ``.gz`` behind."""
@@ -53,6 +65,23 @@ class Row(NamedTuple):
 
     where: str
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one dataset as they were found.
+
+    Attributes:
+        name: what was read, for reports.
+        rows: the rows in file order.
+        formats: names of the formats that they may have: the preset's, or all.
+        files: the files read; none for a dataset of the hub.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    formats: tuple[str, ...]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,18 +145,46 @@ def load_examples(
         DataError: no such file, an extension or columns that are not known, a file that cannot be read, a row
             that cannot be used (with its place), no rows, or a hub dataset that cannot be had.
     """
-    name, rows, preset = _read(dataset, split, max_samples)
-    rows = rows[:max_samples]
-    if not rows:
-        raise DataError(f"{name}: no rows; give a dataset with at least one")
-    columns = list(dict.fromkeys(column for row in rows for column in row.values))
-    names = (format,) if format is not None else preset.formats if preset is not None else FORMATS
+    rows = load_rows(dataset, split, max_samples=max_samples)
+    return make_examples(rows, format=format, skip_bad_rows=skip_bad_rows)
+
+
+def load_rows(dataset: str, split: str = "train", *, max_samples: int | None = None) -> Rows:
+    """Read the rows of a dataset.
+
+    Args:
+        dataset: name, file or folder; the module's docstring has the rule.
+        split: of a folder or hub dataset.
+        max_samples: only the first so many rows.
+
+    Raises:
+        DataError: no such file, an extension that is not known, a file that cannot be read, no rows, or a hub dataset
+            that cannot be had.
+    """
+    found = _read(dataset, split, max_samples)
+    if not found.rows:
+        raise DataError(f"{found.name}: no rows; give a dataset with at least one")
+    return replace(found, rows=found.rows[:max_samples])
+
+
+def make_examples(rows: Rows, *, format: str | None = None, skip_bad_rows: bool = False) -> Examples:
+    """Find the format of rows and make an example of each.
+
+    Args:
+        rows: from :func:`load_rows`.
+        format: one of ``FORMATS``; None finds it from the columns.
+        skip_bad_rows: leave unusable rows out instead of raising.
+
+    Raises:
+        DataError: columns that are not known, or a row that cannot be used (with its place).
+    """
+    columns = list(dict.fromkeys(column for row in rows.rows for column in row.values))
     try:
-        form = detect_format(columns, names)
+        form = detect_format(columns, rows.formats if format is None else (format,))
     except DataError as error:
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{rows.name}: {error}") from None
     examples, places, skipped = [], [], []
-    for row in rows:
+    for row in rows.rows:
         try:
             examples.append(form.read(row.values))
             places.append(row.where)
@@ -136,28 +193,25 @@ def load_examples(
                 raise DataError(f"{row.where}: {error}. Mend the row, or leave out such rows (skip_bad_rows)") from None
             skipped.append(f"{row.where}: {error}")
     if not examples:
-        raise DataError(f"{name}: none of the {len(rows)} rows can be used; the first: {skipped[0]}")
+        raise DataError(f"{rows.name}: none of the {len(rows.rows)} rows can be used; the first: {skipped[0]}")
     ignored = tuple(column for column in columns if column not in form.required + form.optional)
-    return Examples(name, form.name, ignored, tuple(examples), tuple(places), tuple(skipped))
+    return Examples(rows.name, form.name, ignored, tuple(examples), tuple(places), tuple(skipped))
 
 
-def _read(dataset: str, split: str, max_samples: int | None) -> tuple[str, list[Row], Preset | None]:
-    """The name to report, the rows, and the preset if one was named."""
+def _read(dataset: str, split: str, max_samples: int | None) -> Rows:
+    """All rows, or, of a hub dataset, the first ``max_samples``."""
     if dataset in PRESETS:
         preset = PRESETS[dataset]
-        return (
-            dataset,
-            _read_hub(preset.hub, preset.subset, split, preset.revision, dataset, max_samples),
-            preset,
-        )
+        found = _read_hub(preset.hub, preset.subset, split, preset.revision, dataset, max_samples)
+        return Rows(dataset, tuple(found), preset.formats)
     head, colon, tail = dataset.partition(":")
     if colon and head in PRESETS:
-        return dataset, _read_local(Path(tail).expanduser(), split), PRESETS[head]
+        return _read_local(dataset, Path(tail).expanduser(), split, PRESETS[head].formats)
     path = Path(dataset).expanduser()
     if path.exists():
-        return dataset, _read_local(path, split), None
+        return _read_local(dataset, path, split, FORMATS)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", head) and not head.startswith(".") and _extension(path) is None:
-        return dataset, _read_hub(head, tail or None, split, None, None, max_samples), None
+        return Rows(dataset, tuple(_read_hub(head, tail or None, split, None, None, max_samples)), FORMATS)
     if colon and re.fullmatch(r"\w+", head):
         raise DataError(f"unknown preset {head!r} in {dataset!r}; known are {', '.join(PRESETS)}")
     raise DataError(
@@ -166,19 +220,19 @@ def _read(dataset: str, split: str, max_samples: int | None) -> tuple[str, list[
     )
 
 
-def _read_local(path: Path, split: str) -> list[Row]:
+def _read_local(name: str, path: Path, split: str, formats: tuple[str, ...]) -> Rows:
     if not path.exists():
         raise DataError(f"no file or folder {str(path)!r}; check the path")
     files = find_split(path, split) if path.is_dir() else [path]
-    return [row for file in files for row in read_file(file)]
+    return Rows(name, tuple(row for file in files for row in read_file(file)), formats, tuple(files))
 
 
 def find_split(folder: Path, split: str) -> list[Path]:
     """The files of a folder (or of its subfolder ``data``) that hold a split, in name order.
 
     A file belongs to a split when its name is that of the split, or goes on with ``-``, ``_`` or ``.`` after
-    it (``train.jsonl.gz``, ``train-00000-of-00002.parquet``); ``valid``, ``val``, ``dev`` and ``eval`` also
-    mean ``validation``. The only data file of a folder is its train split, whatever its name.
+    it (``train.jsonl.gz``, ``train-00000-of-00002.parquet``). Where there is none, ``valid``, ``val``, ``dev``,
+    ``eval`` and ``validation`` mean the same. The only data file of a folder is its train split, whatever its name.
 
     Raises:
         DataError: no file of that split, or files of two kinds; lists the data files there are.
@@ -186,8 +240,10 @@ def find_split(folder: Path, split: str) -> list[Path]:
     files = [file for place in (folder, folder / "data") if place.is_dir() for file in sorted(place.iterdir())]
     files = [file for file in files if file.is_file() and _extension(file) is not None]
     aliases = next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
-    pattern = re.compile(rf"({'|'.join(map(re.escape, aliases))})([-_.].*)?")
-    found = [file for file in files if pattern.fullmatch(file.name)]
+    found: list[Path] = []
+    for names in ((split,), aliases):
+        pattern = re.compile(rf"({'|'.join(map(re.escape, names))})([-_.].*)?")
+        found = found or [file for file in files if pattern.fullmatch(file.name)]
     if not found and len(files) == 1 and split == "train":
         return files
     listing = ", ".join(file.name for file in files) or "none"

@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lotaqaf_jax.data.formats import Message
-from lotaqaf_jax.data.sources import EXTENSIONS, PRESETS, find_split, load_examples, read_file
+from lotaqaf_jax.data.sources import (
+    EXTENSIONS,
+    PRESETS,
+    find_split,
+    load_examples,
+    load_rows,
+    make_examples,
+    read_file,
+)
 from lotaqaf_jax.errors import DataError
 
 ROWS = [
@@ -141,6 +149,21 @@ def folder(tmp_path) -> Path:
 def test_a_folder_has_a_file_per_split(folder, split, file):
     assert find_split(folder, split) == [folder / f"{file}.jsonl.gz"]
     assert load_examples(str(folder), split).examples[0].messages[0].content == file
+
+
+def test_a_file_of_the_splits_own_name_goes_before_those_of_other_names(folder):
+    """MMLU has dev, whose questions are shown, beside val; both mean validation where nothing else does."""
+    write(folder / "dev.jsonl.gz", encode(".jsonl", [{"question": "dev", "answer": "#### 1"}]))
+    assert find_split(folder, "dev") == [folder / "dev.jsonl.gz"]
+    assert find_split(folder, "valid") == [folder / "valid.jsonl.gz"]
+    assert find_split(folder, "validation") == [folder / "dev.jsonl.gz", folder / "valid.jsonl.gz"]
+
+
+def test_rows_as_they_are_with_their_files(folder):
+    rows = load_rows(f"gsm8k:{folder}", "test")
+    assert [row.values["question"] for row in rows.rows] == ["test"]
+    assert (rows.files, rows.formats) == ((folder / "test.jsonl.gz",), ("gsm8k",))
+    assert make_examples(rows) == load_examples(f"gsm8k:{folder}", "test")
 
 
 def test_the_shards_of_a_split_are_read_in_order(tmp_path):
