@@ -19,7 +19,7 @@ from common import COPY, environment, layer_arguments, seconds_of, write_json
 from flax import nnx
 from models import random_decoder
 
-from lotaqaf_jax.models import QuantSpec, Ternary, add_adapters, linears, merge
+from lotaqaf_jax.models import Adapter, QuantSpec, add_adapters, linears, merge
 from lotaqaf_jax.models.presets import preset
 
 
@@ -34,9 +34,9 @@ def main() -> None:
     model = add_adapters(random_decoder(preset(options.model), quant, stored=jnp.bfloat16), options.rank, options.omega)
     # Fresh adapters have B = 0 and would move nothing.
     for i, (_, linear) in enumerate(linears(model)):
-        adapter = linear.ternary
+        adapter = linear.adapters
         b = jax.random.randint(jax.random.key(i), adapter.b.shape, -1, 2, jnp.int8)
-        linear.adapter = Ternary(dataclasses.replace(adapter, b=b))
+        linear.adapter = Adapter(dataclasses.replace(adapter, b=b))
 
     def run() -> None:
         jax.block_until_ready(nnx.state(merge(model)))

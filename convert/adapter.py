@@ -19,7 +19,7 @@ from convert.writing import new_folder, write_json, write_safetensors
 from lotaqaf_jax import __version__
 from lotaqaf_jax.errors import AdapterError, CheckpointError, ConfigError
 from lotaqaf_jax.kernels import TernaryAdapter
-from lotaqaf_jax.models import TARGET_MODULES, Decoder, Ternary, adapted_linears, linears
+from lotaqaf_jax.models import TARGET_MODULES, Adapter, Decoder, adapted_linears, linears
 from lotaqaf_jax.quant.folder import CheckpointFolder, TensorEntry, read_header, read_json
 from lotaqaf_jax.ternary import check_settings
 
@@ -141,7 +141,7 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
         a = jnp.asarray(np.stack([_read(folder, entries, f"{name}.lota_A", (n_in, rank)) for name in names]))
         b = jnp.asarray(np.stack([_read(folder, entries, f"{name}.lota_B", (rank, n_out)) for name in names]))
         rule = (config["omega"], config["offset"], jnp.dtype(config["offset_dtype"]))
-        linear.adapter = Ternary(TernaryAdapter(a, b, *rule))
+        linear.adapter = Adapter(TernaryAdapter(a, b, *rule))
         left -= {f"{name}.lota_{part}" for name in names for part in "AB"}
     if left:
         raise AdapterError(

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from lotaqaf_jax.data import IGNORE
-from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
+from lotaqaf_jax.models import Adapter, Decoder, Recompute, adapted_linears
 from lotaqaf_jax.training.loss import summed_loss
 
 __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
@@ -44,7 +44,7 @@ class Metrics:
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(structure, adapters, everything else) of a model with adapters; ``nnx.merge`` puts it together."""
-    parts: tuple[Any, ...] = nnx.split(model, Ternary, ...)
+    parts: tuple[Any, ...] = nnx.split(model, Adapter, ...)
     return parts[0], parts[1], parts[2]
 
 

@@ -13,7 +13,7 @@ import pytest
 import lotaqaf_jax.models.layers as layers
 from lotaqaf_jax.kernels import TernaryAdapter
 from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters
-from lotaqaf_jax.models.layers import Linear, Ternary, products
+from lotaqaf_jax.models.layers import Adapter, Linear, products
 from lotaqaf_jax.models.spec import LinearSpec
 from tests.models.tiny import fill, quantized_decoder, tokens
 
@@ -32,7 +32,7 @@ def linear(width: int, quant: QuantSpec | None = BASE, bias: bool = True, adapte
         made.bias.set_value(jnp.asarray(rng.normal(size=(3, width)), jnp.float16))
     if adapter:
         a, b = (jnp.asarray(rng.integers(-1, 2, shape), jnp.int8) for shape in ((3, 32, 4), (3, 4, width)))
-        made.adapter = Ternary(TernaryAdapter(a, b, 1.0, "reference", jnp.dtype(jnp.float32)))
+        made.adapter = Adapter(TernaryAdapter(a, b, 1.0, "reference", jnp.dtype(jnp.float32)))
     return made
 
 
