@@ -15,7 +15,7 @@ from lotaqaf_jax.models.adapters import (
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Decoder, Recompute
 from lotaqaf_jax.models.layers import Adapter, Linear, PackedWeight
-from lotaqaf_jax.models.low_rank import add_lora, add_qalora
+from lotaqaf_jax.models.low_rank import add_lora, add_qalora, round_lora
 from lotaqaf_jax.models.presets import PRESETS, preset
 from lotaqaf_jax.models.pretrained import init_decoder, load_pretrained
 from lotaqaf_jax.models.registry import KNOWN_MODELS, local_folder
@@ -51,4 +51,5 @@ __all__ = [
     "merge",
     "moved_shares",
     "preset",
+    "round_lora",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 
 from lotaqaf_jax.kernels import GroupLowRank, LowRank
 from lotaqaf_jax.lora import check_settings, init_pair
-from lotaqaf_jax.models.adapters import TARGET_MODULES, init_stack, offset_type, with_adapters
+from lotaqaf_jax.models.adapters import TARGET_MODULES, adapted_linears, init_stack, offset_type, with_adapters
 from lotaqaf_jax.models.decoder import Decoder
-from lotaqaf_jax.models.layers import Linear
+from lotaqaf_jax.models.layers import Adapter, Linear
 from lotaqaf_jax.qalora import Pool, check_pool
 
-__all__ = ["add_lora", "add_qalora"]
+__all__ = ["add_lora", "add_qalora", "round_lora"]
 
 
 def add_lora(
@@ -101,3 +102,15 @@ def add_qalora(
         return GroupLowRank(a, b, alpha, pool, dtype)
 
     return with_adapters(model, target_modules, fresh)
+
+
+def round_lora(model: Decoder) -> None:
+    """Round the LoRA adapters of ``model``, in place, to the type that it computes in.
+
+    Every product would round them anyway. In a loop over tokens this reads and rounds them once, not for every token.
+    """
+    for _, linear, pair in adapted_linears(model):
+        if isinstance(pair, LowRank):
+            linear.adapter = Adapter(
+                dataclasses.replace(pair, a=pair.a.astype(model.dtype), b=pair.b.astype(model.dtype))
+            )
