@@ -3,11 +3,13 @@
     python train.py                                              the small model that is shipped, on its own data
     python train.py --model qwen2.5-14b-gptq --dataset gsm8k     a known model; a folder or hub name works too
     python train.py --config settings.yaml --omega 16            settings of a file, flags on top
+    python train.py --method lora ...                            a baseline: lora or qalora in place of ternary adapters
     python train.py --help                                       all settings
 
 Writes output_dir/adapter (the ternary adapters), output_dir/merged (a GPTQ folder in which only integers moved),
-output_dir/trainer_log.jsonl and output_dir/training_loss.png. Exit status: 0; 2 for an error, told in a sentence;
-128 + n when signal n stopped the run.
+output_dir/trainer_log.jsonl and output_dir/training_loss.png. With --method lora the adapter is a folder for PEFT, and
+nothing is merged; with --method qalora zero points are shifted, and no integer moves. Exit status: 0; 2 for an error,
+told in a sentence; 128 + n when signal n stopped the run.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ import convert
 from lotaqaf_jax.data import load_data, preview
 from lotaqaf_jax.errors import LotaError
 from lotaqaf_jax.evaluation import evaluate
-from lotaqaf_jax.models import Decoder, add_adapters, local_folder
+from lotaqaf_jax.models import Decoder, local_folder
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from lotaqaf_jax.training import Stopped, TrainConfig, parse_config, prepare_output, train
+from lotaqaf_jax.training import Stopped, TrainConfig, method_of, parse_config, prepare_output, summary, train
 from lotaqaf_jax.training.compilation import use_compilation_cache
 from lotaqaf_jax.training.log import plot_log, read_log
 
@@ -67,21 +69,13 @@ def run(config: TrainConfig) -> None:
     base = CheckpointFolder(local_folder(str(config.model)))
     tokenizer = load_tokenizer(base.path)
     data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
-    print(config.summary(data.num_steps(config.num_train_epochs)), data.report, sep="\n")
+    print(summary(config, data.num_steps(config.num_train_epochs)), data.report, sep="\n")
     if config.dry_run:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
     prepare_output(config)
-    model = add_adapters(
-        load_decoder(base, config.compute_dtype),
-        rank=config.rank,
-        omega=config.omega,
-        offset=config.offset,
-        target_modules=config.target_modules,
-        seed=config.seed,
-        offset_dtype=config.offset_dtype,
-        float8=config.takes_float8,
-    )
+    method = method_of(config)
+    model = method.adapt(load_decoder(base, config.compute_dtype), config)
 
     # Train, with a look at the held-out rows before and after.
     def held_out(model: Decoder, title: str) -> dict[str, float]:
@@ -93,10 +87,10 @@ def run(config: TrainConfig) -> None:
     # Merge, export and verify: integers move by one step of their grid or not at all, nothing is rounded, and the
     # merged folder appears in its place only when it has been read back and every check has passed.
     convert.save_adapter(model, output / "adapter", base=base, overwrite=True)
-    proof = convert.merge_and_save(model, output / "merged", base=base, overwrite=True)
+    if method.merges:
+        print(convert.merge_and_save(model, output / "merged", base=base, overwrite=True))
     plot_log(output / "trainer_log.jsonl", output / "training_loss.png")
 
-    print(proof)
     looks = [record for record in read_log(output / "trainer_log.jsonl") if "eval_loss" in record]
     if looks:
         before, after = looks[0], looks[-1]
@@ -104,7 +98,12 @@ def run(config: TrainConfig) -> None:
         print(f"held-out loss          {before['eval_loss']:.4f} -> {after['eval_loss']:.4f} nats per token")
         print("held-out exact match   {:.1f} % -> {:.1f} % of {} rows".format(*exact))
     print(f"adapter                {output / 'adapter'}")
-    print(f"merged model           {output / 'merged'}")
+    if method.merges:
+        print(f"merged model           {output / 'merged'}")
+    else:
+        print(
+            "merged model           none: on the grid of the integers LoRA would be rounded; serve it beside the base"
+        )
     print(f"log and plot           {output / 'trainer_log.jsonl'}, {output / 'training_loss.png'}")
     print(f"time                   {time.perf_counter() - started:.0f} s")
 

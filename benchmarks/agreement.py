@@ -16,7 +16,7 @@ from flax import nnx
 from lotaqaf_jax.kernels import merge_adapter
 from lotaqaf_jax.kernels.choose import KERNELS
 from lotaqaf_jax.models import Decoder, linears, merge
-from lotaqaf_jax.models.layers import Ternary
+from lotaqaf_jax.models.layers import Adapter
 from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
 
@@ -42,9 +42,9 @@ def kernels(implementation: str) -> Iterator[None]:
 def with_random_adapters(model: Decoder) -> Decoder:
     """The same model, its adapters' B random: a fresh one is 0, and would move nothing."""
     for i, (_, linear) in enumerate(linears(model)):
-        if (adapter := linear.ternary) is not None:
+        if (adapter := linear.adapters) is not None:
             b = jax.random.randint(jax.random.key(i), adapter.b.shape, -1, 2, jnp.int8)
-            linear.adapter = Ternary(dataclasses.replace(adapter, b=b))
+            linear.adapter = Adapter(dataclasses.replace(adapter, b=b))
     return model
 
 
@@ -83,7 +83,7 @@ def merge_differs(model: Decoder, *, donate: bool = False) -> list[str]:
 
     With ``donate`` the words of ``model`` are given up; plain JAX has seen them before.
     """
-    truths = _plain_merges([(linear.packed, linear.ternary) for _, linear in linears(model)])
+    truths = _plain_merges([(linear.packed, linear.adapters) for _, linear in linears(model)])
     wrong = []
     for (names, linear), (words, mu) in zip(linears(merge(model, donate=donate)), truths, strict=True):
         equal = np.array_equal(linear.packed.qweight, words)

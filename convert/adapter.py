@@ -1,12 +1,19 @@
-"""Ternary adapters on disk: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""Adapters on disk: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-The tensors are int8, by the name of their module: ``model.layers.0.self_attn.q_proj.lota_A`` (in, rank) and ``.lota_B``
-(rank, out). The config says by which rule they are applied, and names the base by its fingerprint: T depends on the
-integers of the base through the boundary rule, and mu on its groups, so on other weights the adapter means nothing.
+Those of LoRA are a folder of PEFT's (:mod:`convert.peft_adapter`). Those that change quantised weights have a format of
+our own. Its tensors go by the name of their module:
+
+    LoTA-QAF   model.layers.0.self_attn.q_proj.lota_A     (in, rank) and .lota_B (rank, out), int8
+    QA-LoRA    model.layers.0.self_attn.q_proj.qalora_A   (groups, rank) and .qalora_B (rank, out), float32
+
+The config says by which rule they are applied, and names the base by its fingerprint: T depends on the integers of the
+base through the boundary rule, and mu on its groups and scales, so on other weights the adapter means nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +22,69 @@ import numpy as np
 from flax import nnx
 
 from convert.fingerprint import fingerprint
+from convert.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_lora, read_tensor, save_lora
 from convert.writing import new_folder, write_json, write_safetensors
 from lotaqaf_jax import __version__
 from lotaqaf_jax.errors import AdapterError, CheckpointError, ConfigError
-from lotaqaf_jax.kernels import TernaryAdapter
-from lotaqaf_jax.models import TARGET_MODULES, Decoder, Ternary, adapted_linears, linears
-from lotaqaf_jax.quant.folder import CheckpointFolder, TensorEntry, read_header, read_json
+from lotaqaf_jax.kernels import AnyAdapter, GroupLowRank, LowRank, TernaryAdapter, WeightAdapter
+from lotaqaf_jax.lora import check_settings as check_low_rank
+from lotaqaf_jax.models import TARGET_MODULES, Adapter, Decoder, adapted_linears, linears
+from lotaqaf_jax.qalora import check_pool
+from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant.folder import CheckpointFolder, read_header, read_json
 from lotaqaf_jax.ternary import check_settings
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "load_adapter", "save_adapter"]
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_METHOD = "lota-qaf"
 _FORMAT_VERSION = 1
 _OFFSET_TYPES = ("float32", "float16", "bfloat16")
+_NUMBER = (int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """How adapters of one kind are written.
+
+    ``settings`` are the fields of the config that rule over how they are applied, with their types; ``build`` makes an
+    adapter of A, B and these, ``rows`` says how many rows A has, and ``check`` refuses values out of range.
+    """
+
+    kind: type[WeightAdapter]
+    dtype: Any
+    settings: Mapping[str, Any]
+    build: Callable[[Any, Any, dict[str, Any]], WeightAdapter]
+    rows: Callable[[QuantizedWeight], int]
+    check: Callable[[dict[str, Any]], None]
+
+    def rule(self, adapter: AnyAdapter) -> dict[str, Any]:
+        """The settings of an adapter."""
+        found = {name: getattr(adapter, name) for name in self.settings}
+        return found | {"offset_dtype": jnp.dtype(found["offset_dtype"]).name}
+
+
+def _check_qalora(config: dict[str, Any]) -> None:
+    check_low_rank(config["rank"], config["alpha"])
+    check_pool(config["pool"])
+
+
+_FORMATS = {
+    "lota-qaf": _Format(
+        kind=TernaryAdapter,
+        dtype=np.int8,
+        settings={"rank": int, "omega": _NUMBER, "offset": str, "offset_dtype": str},
+        build=lambda a, b, c: TernaryAdapter(a, b, float(c["omega"]), c["offset"], jnp.dtype(c["offset_dtype"])),
+        rows=lambda weight: weight.shape[0],
+        check=lambda c: check_settings(c["rank"], c["omega"], c["offset"]),
+    ),
+    "qa-lora": _Format(
+        kind=GroupLowRank,
+        dtype=np.float32,
+        settings={"rank": int, "alpha": _NUMBER, "pool": str, "offset_dtype": str},
+        build=lambda a, b, c: GroupLowRank(a, b, float(c["alpha"]), c["pool"], jnp.dtype(c["offset_dtype"])),
+        rows=lambda weight: weight.groups,
+        check=_check_qalora,
+    ),
+}
 
 
 def save_adapter(
@@ -45,24 +100,29 @@ def save_adapter(
         progress: show progress bars when it takes longer than a second.
 
     Raises:
-        AdapterError: the model has no adapters, values other than -1, 0, 1, or adapters of several settings.
+        AdapterError: the model has no adapters, adapters of several settings, ternary ones of other values than -1, 0,
+            1, or values that are NaN or infinite.
         ConfigError: the folder is not empty.
         OutputError: the folder cannot be written.
     """
     adapters = {name: (adapter, i) for names, _, adapter in adapted_linears(model) for i, name in enumerate(names)}
     if not adapters:
         raise AdapterError("the model has no adapters to save; they are gone after a merge. Save them before it.")
-    rules = {(a.rank, a.omega, a.offset, jnp.dtype(a.offset_dtype).name) for a, _ in adapters.values()}
+    kinds = {type(adapter) for adapter, _ in adapters.values()}
+    if kinds == {LowRank}:
+        save_lora(model, directory, base=base, overwrite=overwrite)
+        return
+    if len(kinds) > 1:
+        names = sorted(kind.__name__ for kind in kinds)
+        raise AdapterError(f"the adapters are of several kinds ({', '.join(names)}), a saved adapter is of one.")
+    method, form = next((name, form) for name, form in _FORMATS.items() if form.kind in kinds)
+    rules = {tuple(form.rule(adapter).items()) for adapter, _ in adapters.values()}
     if len(rules) > 1:
         raise AdapterError(f"the adapters have several settings {sorted(rules)}, a saved adapter has one.")
-    rank, omega, offset, offset_dtype = rules.pop()
     config = {
-        "method": _METHOD,
+        "method": method,
         "format_version": _FORMAT_VERSION,
-        "rank": rank,
-        "omega": omega,
-        "offset": offset,
-        "offset_dtype": offset_dtype,
+        **dict(rules.pop()),
         "target_modules": [name for name in TARGET_MODULES if any(key.endswith(f".{name}") for key in adapters)],
         "base_fingerprint": fingerprint(base, progress=progress),
         "base_model_name_or_path": str(base.path),
@@ -70,38 +130,42 @@ def save_adapter(
     }
     tensors: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for name, (adapter, _) in adapters.items():
-        tensors[f"{name}.lota_A"] = (np.int8, tuple(adapter.a.shape[1:]))
-        tensors[f"{name}.lota_B"] = (np.int8, tuple(adapter.b.shape[1:]))
+        for part, stack in zip(adapter.parts, (adapter.a, adapter.b), strict=True):
+            tensors[f"{name}.{part}"] = (form.dtype, tuple(stack.shape[1:]))
 
     def read(key: str) -> np.ndarray:
         module, _, part = key.rpartition(".")
         adapter, i = adapters[module]
-        return _ternary(np.asarray((adapter.a if part == "lota_A" else adapter.b)[i]), key)
+        return _checked(np.asarray((adapter.a if part == adapter.parts[0] else adapter.b)[i]), key, form)
 
-    size = sum(int(np.prod(shape)) for _, shape in tensors.values())
+    size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for dtype, shape in tensors.values())
     with new_folder(directory, overwrite=overwrite, needed=size, sources=[base.path]) as folder:
-        write_safetensors(folder / ADAPTER_WEIGHTS, tensors, read, {"format": "lota-qaf"})
+        write_safetensors(folder / ADAPTER_WEIGHTS, tensors, read, {"format": method})
         write_json(folder / ADAPTER_CONFIG, config)
 
 
-def _ternary(array: np.ndarray, name: str) -> np.ndarray:
-    """The array as int8.
+def _checked(array: np.ndarray, name: str, form: _Format) -> np.ndarray:
+    """The array in the type of the file.
 
     Raises:
-        AdapterError: it holds other values than -1, 0 and 1.
+        AdapterError: it holds values that it cannot have.
     """
-    bad = ~np.isin(array, (-1, 0, 1))
+    ternary = form.dtype == np.int8
+    bad = ~(np.isin(array, (-1, 0, 1)) if ternary else np.isfinite(array))
     if bad.any():
         place = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise AdapterError(
-            f"{name}: {np.count_nonzero(bad)} of {bad.size} values are not -1, 0 or 1, the first {array[place]} at "
-            f"{place}. The adapter is damaged, or was not trained with ternary steps."
+        wanted, why = (
+            ("-1, 0 or 1", "was not trained with ternary steps") if ternary else ("finite", "its run diverged")
         )
-    return array.astype(np.int8)
+        raise AdapterError(
+            f"{name}: {np.count_nonzero(bad)} of {bad.size} values are not {wanted}, the first {array[place]} at "
+            f"{place}. The adapter is damaged, or {why}."
+        )
+    return array.astype(form.dtype)
 
 
 def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolder, progress: bool = True) -> Decoder:
-    """Put saved adapters on a model; the inverse of :func:`save_adapter`.
+    """Put saved adapters on a model; the inverse of :func:`save_adapter`, and the way in for a LoRA that PEFT wrote.
 
     Args:
         model: the base model, without adapters.
@@ -113,10 +177,18 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
         A new model over the same weights, with adapters.
 
     Raises:
-        AdapterError: the adapter is missing, damaged, of another method or version, or was trained on another base.
+        AdapterError: the adapter is missing, damaged, of another method or version, was trained on another base, or is
+            a LoRA with something that this model does not compute.
     """
     folder = Path(directory)
-    config = _read_config(folder)
+    try:
+        config = read_json(folder / ADAPTER_CONFIG)
+    except CheckpointError as problem:
+        raise AdapterError(f"{problem} Pass the folder of an adapter.") from None
+    if "method" not in config and config.get("peft_type") == "LORA":
+        return load_lora(model, folder, config, where=base.path)
+    config = _read_config(folder, config)
+    form = _FORMATS[config["method"]]
     found = fingerprint(base, progress=progress)
     if found != config["base_fingerprint"]:
         raise AdapterError(
@@ -131,18 +203,22 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
     model = nnx.merge(*nnx.split(model), copy=True)
     left = set(entries)
     for names, linear in linears(model):
-        held = [name for name in names if f"{name}.lota_A" in entries or f"{name}.lota_B" in entries]
+        keys = {name: [f"{name}.{part}" for part in form.kind.parts] for name in names}
+        held = [name for name in names if any(key in entries for key in keys[name])]
         if not held:
             continue
         if not linear.is_quantized:
             raise AdapterError(f"{folder}: {held[0]} has adapters, but is held in 16 bit in {base.path}.")
-        n_in, n_out = linear.packed.shape
-        rank = config["rank"]
-        a = jnp.asarray(np.stack([_read(folder, entries, f"{name}.lota_A", (n_in, rank)) for name in names]))
-        b = jnp.asarray(np.stack([_read(folder, entries, f"{name}.lota_B", (rank, n_out)) for name in names]))
-        rule = (config["omega"], config["offset"], jnp.dtype(config["offset_dtype"]))
-        linear.adapter = Ternary(TernaryAdapter(a, b, *rule))
-        left -= {f"{name}.lota_{part}" for name in names for part in "AB"}
+        shapes = (form.rows(linear.packed), config["rank"]), (config["rank"], linear.packed.shape[1])
+        stacks = []
+        for part, shape in enumerate(shapes):
+            tensors = [
+                read_tensor(folder / ADAPTER_WEIGHTS, entries, keys[name][part], shape, (form.dtype,)) for name in names
+            ]
+            checked = [_checked(tensor, keys[name][part], form) for name, tensor in zip(names, tensors, strict=True)]
+            stacks.append(jnp.asarray(np.stack(checked)))
+        linear.adapter = Adapter(form.build(stacks[0], stacks[1], config))
+        left.difference_update(*keys.values())
     if left:
         raise AdapterError(
             f"{folder / ADAPTER_WEIGHTS}: {len(left)} tensors have no place in {base.path}, the first {min(left)}. "
@@ -153,49 +229,27 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_json(folder / ADAPTER_CONFIG)
-    except CheckpointError as problem:
-        raise AdapterError(f"{problem} Pass the folder of a LoTA-QAF adapter.") from None
+def _read_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config, checked."""
     where = folder / ADAPTER_CONFIG
-    if config.get("method") != _METHOD:
-        kind = config.get("method") or config.get("peft_type")
-        raise AdapterError(f"{where}: the adapter's method is {kind!r}, expected {_METHOD!r}. Pass a LoTA-QAF adapter.")
+    method = config.get("method")
+    if method not in _FORMATS:
+        raise AdapterError(
+            f"{where}: the adapter's method is {method or config.get('peft_type')!r}, expected one of "
+            f"{', '.join(_FORMATS)}, or a LoRA of PEFT's. Pass such an adapter."
+        )
     if config.get("format_version") != _FORMAT_VERSION:
         raise AdapterError(
             f"{where}: format_version is {config.get('format_version')!r}, expected {_FORMAT_VERSION}. Use the release "
             f"that wrote it ({config.get('lotaqaf_jax_version', 'not named')})."
         )
-    wanted: dict[str, Any] = {
-        "rank": int,
-        "omega": (int, float),
-        "offset": str,
-        "offset_dtype": str,
-        "base_fingerprint": str,
-    }
-    for key, kind in wanted.items():
+    for key, kind in {**_FORMATS[method].settings, "base_fingerprint": str}.items():
         if not isinstance(config.get(key), kind) or isinstance(config[key], bool):
             raise AdapterError(f"{where}: {key} is {config.get(key)!r}. The file is damaged; save the adapter again.")
     if config["offset_dtype"] not in _OFFSET_TYPES:
         raise AdapterError(f"{where}: offset_dtype is {config['offset_dtype']!r}, expected one of {_OFFSET_TYPES}.")
     try:
-        check_settings(config["rank"], config["omega"], config["offset"])
+        _FORMATS[method].check(config)
     except ConfigError as problem:
         raise AdapterError(f"{where}: {problem}") from None
-    return config | {"omega": float(config["omega"])}
-
-
-def _read(folder: Path, entries: dict[str, TensorEntry], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    entry = entries.get(name)
-    where = folder / ADAPTER_WEIGHTS
-    if entry is None:
-        raise AdapterError(f"{where}: tensor {name} is missing. Save the adapter again.")
-    if entry.dtype != np.int8 or entry.shape != shape:
-        raise AdapterError(
-            f"{where}: tensor {name} is {entry.dtype} {entry.shape}, expected int8 {shape}. Check that the adapter "
-            "belongs to this base, and rank in its config."
-        )
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        return _ternary(np.frombuffer(file.read(entry.nbytes), np.int8).reshape(shape), name)
+    return config

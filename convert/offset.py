@@ -19,9 +19,7 @@ Source: formats of PEFT's LoRA folders, read with peft 0.21 and GPTQModel 7.6.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, lora_config
 from convert.tensors import named_linears, take
 from convert.writing import write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
@@ -42,8 +41,6 @@ __all__ = ["OFFSET_FILE", "OFFSET_FOLDER", "apply_offsets", "has_offsets", "lora
 
 OFFSET_FOLDER = "offset_adapter"
 OFFSET_FILE = "lota_offset.safetensors"
-LORA_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 def has_offsets(model: Decoder) -> bool:
@@ -115,44 +112,11 @@ def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any =
     def read_exact(key: str) -> np.ndarray:
         return np.asarray(take(*stacks[key.removesuffix(".offset")]).offset)
 
-    write_safetensors(folder / LORA_FILE, lora, read_lora, {"format": "pt"})
+    write_safetensors(folder / ADAPTER_WEIGHTS, lora, read_lora, {"format": "pt"})
     write_safetensors(folder / OFFSET_FILE, exact, read_exact, {"format": "lota-qaf offset"})
-    write_json(folder / "adapter_config.json", _lora_config(model, {n: r for n, (r, _) in ranks.items()}, model_name))
-
-
-def _lora_config(model: Decoder, ranks: dict[str, int], model_name: str) -> dict[str, Any]:
-    dense = {name.rsplit(".", 1)[-1] for name, linear, _ in named_linears(model) if not linear.is_quantized}
-    by_kind: dict[str, set[int]] = collections.defaultdict(set)
-    for name, rank in ranks.items():
-        by_kind[name.rsplit(".", 1)[-1]].add(rank)
-    # Short names where they say it all; full ones where a kind has modules in 16 bit or of several ranks.
-    short = all(kind not in dense and len(found) == 1 for kind, found in by_kind.items())
-    # The largest, since some servers compare the default with the largest rank they serve.
-    default = max(ranks.values())
-    if short:
-        targets = list(by_kind)
-        others = {rf"(?:.*\.)?{kind}": min(found) for kind, found in by_kind.items() if found != {default}}
-    else:
-        targets = list(ranks)
-        others = {re.escape(name): rank for name, rank in ranks.items() if rank != default}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model_name,
-        "inference_mode": True,
-        "r": default,
-        "lora_alpha": default,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": targets,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-    }
+    dense = [name for name, linear, _ in named_linears(model) if not linear.is_quantized]
+    rank_of = {name: rank for name, (rank, _) in ranks.items()}
+    write_json(folder / ADAPTER_CONFIG, lora_config(rank_of, rank_of, dense, model_name))
 
 
 def apply_offsets(model: Decoder, folder: str | Path) -> Decoder:

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from convert.adapter import load_adapter
 from convert.gptq import CONFIG_FILES, read_config
 from convert.merged import load_merged
-from convert.offset import LORA_FILE, OFFSET_FOLDER, PREFIX, lora_pair
+from convert.offset import OFFSET_FOLDER, lora_pair
+from convert.peft_adapter import ADAPTER_WEIGHTS, PREFIX
 from convert.tensors import quantized_weights
-from lotaqaf_jax import ternary
 from lotaqaf_jax.errors import VerificationError
-from lotaqaf_jax.kernels import TernaryAdapter
+from lotaqaf_jax.kernels import LowRank, WeightAdapter, merge_adapter
 from lotaqaf_jax.models import Decoder, adapted_linears
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import default_dtype
@@ -252,13 +252,17 @@ def _check_integers(
 
 
 @jax.jit
-def _merged(weight: QuantizedWeight, t: TernaryAdapter) -> QuantizedWeight:
-    return ternary.merge(weight, t.a, t.b, omega=t.omega, offset=t.offset, offset_dtype=t.offset_dtype)
+def _merged(weight: QuantizedWeight, adapter: WeightAdapter) -> QuantizedWeight:
+    return merge_adapter(weight, adapter, "xla")
 
 
 def _check_merge(model: Decoder, reloaded: Decoder) -> None:
     """Words and mu are, module by module, those that the adapters make of the base."""
-    adapters = {name: (adapter, i) for names, _, adapter in adapted_linears(model) for i, name in enumerate(names)}
+    adapters: dict[str, tuple[WeightAdapter, int]] = {}
+    for names, _, adapter in adapted_linears(model):
+        if isinstance(adapter, LowRank):
+            raise VerificationError(f"{names[0]} has LoRA adapters, which no merged folder can hold. Pass no adapter.")
+        adapters |= {name: (adapter, i) for i, name in enumerate(names)}
     if not adapters:
         raise VerificationError(
             "the model to verify against has no adapters; pass the adapter model, before its merge."
@@ -284,16 +288,16 @@ def _bits(array: np.ndarray) -> np.ndarray:
 def _check_lora(reloaded: Decoder, folder: Path) -> None:
     if not folder.is_dir():
         return
-    entries = read_header(folder / LORA_FILE)
+    entries = read_header(folder / ADAPTER_WEIGHTS)
     for name, weight in quantized_weights(reloaded):
         for part, index in (("lora_A", 0), ("lora_B", 1)):
             key = f"{PREFIX}{name}.{part}.weight"
             if key not in entries:
-                raise _failed(f"{folder / LORA_FILE}", f"tensor {key} is missing")
+                raise _failed(f"{folder / ADAPTER_WEIGHTS}", f"tensor {key} is missing")
             entry = entries[key]
             found = np.memmap(entry.file, entry.dtype, "r", entry.start, entry.shape)
             if not np.array_equal(found, lora_pair(weight, entry.dtype)[index]):
-                raise _failed(f"{folder / LORA_FILE}", f"tensor {key} does not hold the scales times mu")
+                raise _failed(f"{folder / ADAPTER_WEIGHTS}", f"tensor {key} does not hold the scales times mu")
 
 
 def _check_logits(model: Decoder, reloaded: Decoder, input_ids: np.ndarray | None, seed: int) -> int:

@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import convert
 import train
+from lotaqaf_jax.models import load_pretrained
+from lotaqaf_jax.quant.folder import CheckpointFolder
+from tests.peer import torch_model
 from tests.training.conftest import tiny_gptq, write_rows
 
 __all__ = ["tiny_gptq"]  # a fixture
@@ -80,6 +84,78 @@ def test_summary_tells_what_happened(tiny_gptq: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "out" / "merged" / "offset_adapter").exists()
 
 
+@pytest.fixture(scope="module")
+def tiny_dense(tiny_gptq: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in 16 bit, dequantised."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    torch_model(load_pretrained(tiny_gptq, dtype="float32", progress=False)).half().save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_gptq / file, folder)
+    return folder
+
+
+def baseline(folder: Path, output: Path, rows: Path, method: str, **changes: Any) -> list[str]:
+    given = flags(folder, output, rows, method=method, learning_rate=5e-3, **changes)
+    place = given.index("--omega")
+    return given[:place] + given[place + 2 :]
+
+
+@pytest.mark.parametrize("kind", ["quantised", "16 bit"])
+def test_lora_writes_an_adapter_for_peft(
+    tiny_gptq: Path, tiny_dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    base = tiny_gptq if kind == "quantised" else tiny_dense
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    assert train.main(baseline(base, tmp_path / "out", rows, "lora", val_size=4)) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "LoRA of rank 8, alpha 16",
+        "learning rate 0.005 constant",
+        "merged model           none",
+        "held-out",
+    ):
+        assert words in printed
+    assert not (tmp_path / "out" / "merged").exists()
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 16)
+    folder = CheckpointFolder(base)
+    plain = load_pretrained(base, dtype="float32", progress=False)
+    adapted = convert.load_adapter(plain, tmp_path / "out" / "adapter", base=folder)
+    ids = np.arange(24).reshape(2, 12)
+    assert not np.array_equal(adapted(ids), plain(ids))
+
+
+def test_qalora_writes_a_merged_model_whose_zero_points_moved(
+    tiny_gptq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    assert train.main(baseline(tiny_gptq, tmp_path / "out", rows, "qalora")) == 0
+    printed = capsys.readouterr().out
+    for words in ("QA-LoRA of rank 8", "bit-identical to the adapter model's", "0.0000% moved"):
+        assert words in printed
+    merged = tmp_path / "out" / "merged"
+    base, written = load_file(tiny_gptq / "model.safetensors"), load_file(merged / "model.safetensors")
+    for name, tensor in base.items():
+        np.testing.assert_array_equal(tensor, written[name])
+    plain = load_pretrained(tiny_gptq, dtype="float32", progress=False)
+    adapted = convert.load_adapter(plain, tmp_path / "out" / "adapter", base=CheckpointFolder(tiny_gptq))
+    ids = np.arange(24).reshape(2, 12)
+    np.testing.assert_array_equal(convert.load_merged(merged, dtype="float32")(ids), adapted(ids))
+    assert not np.array_equal(adapted(ids), plain(ids))
+
+
+@pytest.mark.parametrize("method", ["lota", "qalora"])
+def test_a_model_in_16_bit_has_no_grid(
+    tiny_dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    given = flags(tiny_dense, tmp_path / "out", rows)
+    given = given if method == "lota" else baseline(tiny_dense, tmp_path / "out", rows, "qalora")
+    assert train.main(given) == 2
+    assert "quantised" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
 def test_dry_run_shows_the_mask_and_writes_nothing(
     tiny_gptq: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +188,8 @@ def test_output_that_is_not_empty(tiny_gptq: Path, tmp_path: Path, capsys: pytes
         ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"lora_r": 1}, "rank"),
         ({"omega": 8}, "omega"),
+        ({"method": "lora"}, "--omega: is a setting of --method lota, found with --method lora"),
+        ({"learning_rate": 1e-3}, "--learning_rate: is a setting of --method lora or qalora"),
         ({"target_modules": "x_proj"}, "x_proj"),
         ({"max_samples": 0}, "max_samples"),
         ({"val_size": 100}, "val_size"),

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from lotaqaf_jax.errors import ConfigError, DataError
 from lotaqaf_jax.generation.checks import integer
 from lotaqaf_jax.generation.sampling import Sampling, next_tokens
-from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.models import Decoder, round_lora
 from lotaqaf_jax.models.cache import KVCache
 
 __all__ = ["GenerationResult", "bucket", "generate"]
@@ -208,6 +208,7 @@ def _written_tokens(
     writes in place.
     """
     model = nnx.merge(graph, state)
+    round_lora(model)
     batch, prompt = input_ids.shape
 
     def choose(hidden: jax.Array, written: _Written) -> _Written:

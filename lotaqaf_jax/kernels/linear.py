@@ -1,4 +1,4 @@
-"""The quantised linear layer, with or without ternary adapters: y = x @ W'.
+"""The quantised linear layer, with or without adapters in its weight: y = x @ W'.
 
 The dequantised weight exists only while one layer is computed: the forward pass keeps the packed words, the adapters
 and x, and the backward pass builds the weight again.
@@ -15,25 +15,27 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lotaqaf_jax.kernels.adapter import TernaryAdapter
+from lotaqaf_jax import qalora
+from lotaqaf_jax.kernels.adapter import GroupLowRank, WeightAdapter
 from lotaqaf_jax.kernels.adjust import gpu as adjust
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.kernels.float8 import float8_weight_gradient
 from lotaqaf_jax.kernels.gradient import gpu as gradient
+from lotaqaf_jax.kernels.merge import merge_adapter
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import adapter_gradients, adjusted_weight
 
-__all__ = ["keep_products", "quantized_linear", "weight_matrix"]
+__all__ = ["keep_product", "keep_products", "quantized_linear", "weight_matrix"]
 
 
 _PRODUCT = "lotaqaf_product"
 
 keep_products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-"""A policy for ``jax.checkpoint``: keep the outputs of quantised linear layers, recompute the rest."""
+"""A policy for ``jax.checkpoint``: keep the outputs of linear layers, recompute the rest."""
 
 
 def weight_matrix(
-    w: QuantizedWeight, adapter: TernaryAdapter | None, dtype: Any, implementation: str | None = None
+    w: QuantizedWeight, adapter: WeightAdapter | None, dtype: Any, implementation: str | None = None
 ) -> jax.Array:
     """The matrix that multiplies x: W, or W' with adapters, (in, out), rounded once to ``dtype``.
 
@@ -41,6 +43,8 @@ def weight_matrix(
     it came from adapters or from merged words: a compiler that draws part of the dequantisation into its matrix product
     (XLA on the CPU does) sums in another order. The detour by the bits of the float, which costs nothing, keeps it out.
     """
+    if isinstance(adapter, GroupLowRank):
+        w, adapter = merge_adapter(w, adapter), None
     if choose(implementation) == "triton":
         return adjust.dequantized(w, dtype) if adapter is None else adjust.adjusted(w, adapter, dtype)
     if adapter is None:
@@ -62,20 +66,23 @@ def weight_matrix(
 def quantized_linear(
     x: jax.Array,
     w: QuantizedWeight,
-    adapter: TernaryAdapter | None = None,
+    adapter: WeightAdapter | None = None,
     *,
+    rebuild: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
-    """y = x @ W', with W' = scales * (q + T - zeros + mu) rounded to the type of ``x``.
+    """y = x @ W', with W' = scales * (q + T - zeros + mu) rounded to the type of ``x``; T = 0 for QA-LoRA.
 
     Gradients reach ``x`` and float adapters; ``w`` is frozen:
 
-        dx = dy @ W'.T;   dA, dB as :func:`lotaqaf_jax.ternary.adapter_gradients` of dW' = x.T @ dy
+        dx = dy @ W'.T;   dA, dB as :func:`lotaqaf_jax.ternary.adapter_gradients` of dW' = x.T @ dy, or as
+        :func:`lotaqaf_jax.qalora.adapter_gradients`, which needs no dW'
 
     Args:
         x: (..., in), a float type.
         w: the quantised weight (in, out).
-        adapter: ternary adapters, or None for W itself (a merged weight brings its own offset).
+        adapter: adapters in the weight, or None for W itself (a merged weight brings its own offset).
+        rebuild: whether the backward pass builds W again where there is no adapter to say so.
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
 
     Returns:
@@ -84,26 +91,34 @@ def quantized_linear(
     Raises:
         ConfigError: an unknown implementation, or adapter settings out of range.
     """
-    return _linear(x, w, adapter, choose(implementation))
+    return _linear(x, w, adapter, rebuild if adapter is None else adapter.rebuild, choose(implementation))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None, implementation: str) -> jax.Array:
+def keep_product(y: jax.Array) -> jax.Array:
+    """``y``, as an output that :data:`keep_products` keeps."""
+    return checkpoint_name(y, _PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear(
+    x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None, rebuild: bool, implementation: str
+) -> jax.Array:
     return x @ weight_matrix(w, adapter, x.dtype, implementation)
 
 
-_Saved = tuple[jax.Array, QuantizedWeight, TernaryAdapter | None, jax.Array | None]
+_Saved = tuple[jax.Array, QuantizedWeight, WeightAdapter | None, jax.Array | None]
 
 
 def _linear_fwd(
-    x: jax.Array, w: QuantizedWeight, adapter: TernaryAdapter | None, implementation: str
+    x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None, rebuild: bool, implementation: str
 ) -> tuple[jax.Array, _Saved]:
     matrix = weight_matrix(w, adapter, x.dtype, implementation)
-    keep = adapter is not None and not adapter.rebuild
-    return checkpoint_name(x @ matrix, _PRODUCT), (x, w, adapter, matrix if keep else None)
+    return keep_product(x @ matrix), (x, w, adapter, None if rebuild else matrix)
 
 
-def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.Array, None, TernaryAdapter | None]:
+def _linear_bwd(
+    rebuild: bool, implementation: str, saved: _Saved, dy: jax.Array
+) -> tuple[jax.Array, None, WeightAdapter | None]:
     x, w, adapter, matrix = saved
     if matrix is None:
         matrix = weight_matrix(w, adapter, x.dtype, implementation)
@@ -113,6 +128,9 @@ def _linear_bwd(implementation: str, saved: _Saved, dy: jax.Array) -> tuple[jax.
         return dx, None, None
     rows = math.prod(x.shape[:-1])
     x, dy = x.reshape(rows, -1), dy.reshape(rows, -1)
+    if isinstance(adapter, GroupLowRank):
+        da, db = qalora.adapter_gradients(w, adapter.a, adapter.b, x, dy, scale=adapter.scale, pool=adapter.pool)
+        return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
     factor = None
     if adapter.float8 and x.dtype == jnp.bfloat16:  # The product, before its factor, is beyond the range of float16.
         dweight, factor = float8_weight_gradient(x, dy, implementation)

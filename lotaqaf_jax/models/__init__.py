@@ -14,7 +14,8 @@ from lotaqaf_jax.models.adapters import (
 )
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Decoder, Recompute
-from lotaqaf_jax.models.layers import Linear, PackedWeight, Ternary
+from lotaqaf_jax.models.layers import Adapter, Linear, PackedWeight
+from lotaqaf_jax.models.low_rank import add_lora, add_qalora, round_lora
 from lotaqaf_jax.models.presets import PRESETS, preset
 from lotaqaf_jax.models.pretrained import init_decoder, load_pretrained
 from lotaqaf_jax.models.registry import KNOWN_MODELS, local_folder
@@ -25,6 +26,7 @@ __all__ = [
     "PRESETS",
     "PROJECTIONS",
     "TARGET_MODULES",
+    "Adapter",
     "AdapterStatistics",
     "Decoder",
     "DecoderConfig",
@@ -35,10 +37,11 @@ __all__ = [
     "PackedWeight",
     "QuantSpec",
     "Recompute",
-    "Ternary",
     "adapted_linears",
     "adapter_statistics",
     "add_adapters",
+    "add_lora",
+    "add_qalora",
     "count_moves",
     "dense_spec",
     "init_decoder",
@@ -48,4 +51,5 @@ __all__ = [
     "merge",
     "moved_shares",
     "preset",
+    "round_lora",
 ]

@@ -1,11 +1,11 @@
-"""Ternary adapters on a decoder: add them, take them off, merge them."""
+"""Adapters on a decoder, of LoTA-QAF and of the methods it is compared with: add them, merge them, count."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lotaqaf_jax.errors import AdapterError, ConfigError
-from lotaqaf_jax.kernels import TernaryAdapter, merge_adapter, merge_and_count
+from lotaqaf_jax.kernels import AnyAdapter, LowRank, TernaryAdapter, WeightAdapter, merge_adapter, merge_and_count
 from lotaqaf_jax.models.decoder import Decoder
-from lotaqaf_jax.models.layers import Linear, Ternary
+from lotaqaf_jax.models.layers import Adapter, Linear
 from lotaqaf_jax.models.spec import PROJECTIONS
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import Offset, check_settings, init_adapter
@@ -29,9 +29,12 @@ __all__ = [
     "add_adapters",
     "check_targets",
     "count_moves",
+    "init_stack",
     "linears",
     "merge",
     "moved_shares",
+    "offset_type",
+    "with_adapters",
 ]
 
 TARGET_MODULES = tuple(path.split(".")[1] for path in PROJECTIONS)
@@ -48,11 +51,18 @@ def linears(model: Decoder) -> Iterator[tuple[list[str], Linear]]:
             yield [f"model.layers.{i}.{path}" for i in range(start, start + count)], segment.linear(path)
 
 
-def adapted_linears(model: Decoder) -> Iterator[tuple[list[str], Linear, TernaryAdapter]]:
+def adapted_linears(model: Decoder) -> Iterator[tuple[list[str], Linear, AnyAdapter]]:
     """Those of :func:`linears` that have adapters, with the adapters."""
     for names, linear in linears(model):
-        if linear.ternary is not None:
-            yield names, linear, linear.ternary
+        if linear.adapters is not None:
+            yield names, linear, linear.adapters
+
+
+def _mergeable(model: Decoder) -> Iterator[tuple[list[str], Linear, WeightAdapter]]:
+    """Those of :func:`adapted_linears` whose adapters are in the weight."""
+    for names, linear, adapter in adapted_linears(model):
+        if not isinstance(adapter, LowRank):
+            yield names, linear, adapter
 
 
 def _shallow_copy(model: Decoder) -> Decoder:
@@ -109,18 +119,35 @@ def add_adapters(
     """
     omega = 0.75 * rank if omega is None else omega
     check_settings(rank, omega, offset)
-    dtype = _offset_type(offset_dtype)
+    dtype = offset_type(offset_dtype)
+
+    def fresh(linear: Linear, labels: jax.Array) -> TernaryAdapter:
+        a, b = init_stack(init_adapter, seed, labels, *linear.packed.shape, rank)
+        return TernaryAdapter(a, b, float(omega), offset, dtype, float8=float8)
+
+    return with_adapters(model, target_modules, fresh)
+
+
+def with_adapters(
+    model: Decoder,
+    target_modules: Sequence[str],
+    fresh: Callable[[Linear, jax.Array], AnyAdapter],
+    *,
+    beside: bool = False,
+) -> Decoder:
+    """A new model over the same weights with adapters: those that ``fresh`` makes for a linear and its modules' labels.
+
+    ``beside`` says that they are beside the weight, which may then be dense or have an offset.
+    """
     check_targets(target_modules)
-    _check_unadapted(model)
+    _check_unadapted(model, beside)
     model = _shallow_copy(model)
     adapted = 0
     for names, linear in linears(model):
-        if names[0].rsplit(".", 1)[1] not in target_modules or not linear.is_quantized:
+        if names[0].rsplit(".", 1)[1] not in target_modules or not (beside or linear.is_quantized):
             continue
-        n_in, n_out = linear.packed.shape
         labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-        a, b = _init_stack(seed, labels, n_in, n_out, rank)
-        linear.adapter = Ternary(TernaryAdapter(a, b, float(omega), offset, dtype, float8=float8))
+        linear.adapter = Adapter(fresh(linear, labels))
         adapted += len(names)
     if not adapted:
         raise ConfigError(
@@ -130,7 +157,12 @@ def add_adapters(
     return model
 
 
-def _offset_type(offset_dtype: Any) -> Any:
+def offset_type(offset_dtype: Any) -> Any:
+    """The type of mu, checked.
+
+    Raises:
+        ConfigError: none of float32, bfloat16 and float16.
+    """
     names = [jnp.dtype(kind).name for kind in (jnp.float32, jnp.bfloat16, jnp.float16)]
     try:
         dtype = jnp.dtype(offset_dtype)
@@ -142,11 +174,11 @@ def _offset_type(offset_dtype: Any) -> Any:
     return dtype
 
 
-def _check_unadapted(model: Decoder) -> None:
+def _check_unadapted(model: Decoder, beside: bool) -> None:
     for names, linear in linears(model):
-        if linear.ternary is not None:
+        if linear.adapters is not None:
             raise AdapterError(f"{names[0]} has adapters already; merge them, or start again from the checkpoint.")
-        if linear.is_quantized and linear.packed.offset is not None:
+        if not beside and linear.is_quantized and linear.packed.offset is not None:
             raise AdapterError(
                 f"{names[0]} holds the offset of an earlier merge, which further adapters would replace. Start "
                 "from the checkpoint as it was before the merge."
@@ -164,16 +196,23 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
             for both.
 
     Returns:
-        A new model without adapters, its weights of the same size.
+        A new model without adapters, its weights of the same size. QA-LoRA's adapters leave the integers as they are
+        and become the offset alone.
 
     Raises:
         ConfigError: the model has no adapters.
+        AdapterError: they are LoRA's, which no integers and no offset hold.
     """
     model = _shallow_copy(model)
     adapted = list(adapted_linears(model))
     if not adapted:
         raise ConfigError("the model has no adapters to merge; call add_adapters first.")
-    for _, linear, adapter in adapted:
+    for names, linear, adapter in adapted:
+        if isinstance(adapter, LowRank):
+            raise AdapterError(
+                f"{names[0]} has LoRA adapters, whose product lies on no grid of integers: merged, it would be rounded "
+                "again. Save them with convert.save_adapter and serve them beside the model."
+            )
         # The words apart from the rest, which the new weight shares with the old.
         words: Any = None
         rest = dataclasses.replace(linear.packed, qweight=words)
@@ -195,16 +234,17 @@ class AdapterStatistics:
 
 
 MoveCounts = list[tuple[jax.Array, jax.Array]]
-"""For every module of :func:`adapted_linears` the integers that move and the sum of |mu|, each (layers,)."""
+"""For every module of :func:`adapted_linears` the integers that move and the sum of |mu|, each (layers,); none for
+LoRA's adapters, which change neither."""
 
 
 def count_moves(model: Decoder) -> MoveCounts:
     """Queue the counting on the device and return without waiting for it; :func:`adapter_statistics` reads it."""
-    return [_count_stack(linear.packed, adapter) for _, linear, adapter in adapted_linears(model)]
+    return [_count_stack(linear.packed, adapter) for _, linear, adapter in _mergeable(model)]
 
 
 def adapter_statistics(model: Decoder, counts: MoveCounts | None = None) -> dict[str, AdapterStatistics]:
-    """:class:`AdapterStatistics` by module name.
+    """:class:`AdapterStatistics` by module name; empty for LoRA, which moves no integers and no zero points.
 
     Args:
         model: a decoder with adapters.
@@ -213,7 +253,7 @@ def adapter_statistics(model: Decoder, counts: MoveCounts | None = None) -> dict
     """
     found: dict[str, AdapterStatistics] = {}
     numbers = jax.device_get(count_moves(model) if counts is None else counts)
-    for (names, linear, _), pair in zip(adapted_linears(model), numbers, strict=True):
+    for (names, linear, _), pair in zip(_mergeable(model), numbers, strict=True):
         n_in, n_out = linear.packed.shape
         for name, moved, mu in zip(names, *pair, strict=True):
             found[name] = AdapterStatistics(int(moved), n_in * n_out, float(mu), linear.packed.groups * n_out)
@@ -225,19 +265,27 @@ def moved_shares(model: Decoder) -> dict[str, float]:
     return {name: one.moved / one.integers for name, one in adapter_statistics(model).items()}
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _init_stack(seed: int, labels: jax.Array, n_in: int, n_out: int, rank: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def init_stack(
+    init: Callable[[jax.Array, int, int, int], tuple[jax.Array, jax.Array]],
+    seed: int,
+    labels: jax.Array,
+    n_in: int,
+    n_out: int,
+    rank: int,
+) -> tuple[jax.Array, jax.Array]:
+    """A and B of a stack of layers, by ``init`` (key, rows of A, columns of B, rank), a key for each of ``labels``."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(labels)
-    return jax.lax.map(lambda key: init_adapter(key, n_in, n_out, rank), keys)
+    return jax.lax.map(lambda key: init(key, n_in, n_out, rank), keys)
 
 
 # Scans rather than batches over the stacked layers: one layer's unpacked integers at a time.
 def _merged_stack(
-    words: jax.Array, rest: QuantizedWeight, adapters: TernaryAdapter
+    words: jax.Array, rest: QuantizedWeight, adapters: WeightAdapter
 ) -> tuple[jax.Array, jax.Array | None]:
     """New words and mu of every layer of a stack. The words go round the loop, so that they can stay where they are."""
 
-    def one(words: jax.Array, layer: tuple[jax.Array, QuantizedWeight, TernaryAdapter]) -> tuple[jax.Array, Any]:
+    def one(words: jax.Array, layer: tuple[jax.Array, QuantizedWeight, WeightAdapter]) -> tuple[jax.Array, Any]:
         i, rest, adapter = layer
         merged = merge_adapter(dataclasses.replace(rest, qweight=words[i]), adapter)
         return words.at[i].set(merged.qweight), merged.offset
@@ -250,10 +298,10 @@ _merge_stack_in_place = jax.jit(_merged_stack, donate_argnums=0)
 
 
 @jax.jit
-def _count_stack(weights: QuantizedWeight, adapters: TernaryAdapter) -> tuple[jax.Array, jax.Array]:
+def _count_stack(weights: QuantizedWeight, adapters: WeightAdapter) -> tuple[jax.Array, jax.Array]:
     """(integers that move, sum of |mu|) of every layer of a stack."""
 
-    def one(pair: tuple[QuantizedWeight, TernaryAdapter]) -> tuple[jax.Array, jax.Array]:
+    def one(pair: tuple[QuantizedWeight, WeightAdapter]) -> tuple[jax.Array, jax.Array]:
         merged, moved = merge_and_count(*pair)
         mu = jnp.float32(0) if merged.offset is None else jnp.abs(merged.offset.astype(jnp.float32)).sum()
         return moved, mu

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lotaqaf_jax.kernels import TernaryAdapter, keep_products
+from lotaqaf_jax.kernels import AnyAdapter, keep_products
 from lotaqaf_jax.kernels.attention import causal_attention
 from lotaqaf_jax.kernels.rope import apply_rope
 from lotaqaf_jax.models.cache import KVCache
@@ -70,9 +70,9 @@ def _recomputing(block: Callable[..., Any], recompute: Recompute) -> Callable[..
 def _keep_weights(stacked: nnx.State) -> nnx.State:
     """The state of a block whose weights live from its second forward pass to its backward pass."""
     return jax.tree.map(
-        lambda leaf: dataclasses.replace(leaf, rebuild=False) if isinstance(leaf, TernaryAdapter) else leaf,
+        lambda leaf: dataclasses.replace(leaf, rebuild=False) if isinstance(leaf, AnyAdapter) else leaf,
         stacked,
-        is_leaf=lambda leaf: isinstance(leaf, TernaryAdapter),
+        is_leaf=lambda leaf: isinstance(leaf, AnyAdapter),
     )
 
 
@@ -211,7 +211,7 @@ class Decoder(nnx.Module):
         """The last layer's output after its norm, (batch, length, hidden); arguments as :meth:`__call__`.
 
         ``recompute`` says what the backward pass computes again rather than keeps: "block" everything inside a block
-        but its input, "products" everything but the outputs of the quantised layers, "none" nothing but the
+        but its input, "products" everything but the outputs of the linear layers, "none" nothing but the
         dequantised weights, which are never kept. Without a gradient it changes nothing.
         """
         if positions is None:

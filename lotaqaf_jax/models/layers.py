@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lotaqaf_jax.kernels import TernaryAdapter, quantized_linear
+from lotaqaf_jax.kernels import AnyAdapter, LowRank, keep_product, quantized_linear
 from lotaqaf_jax.kernels.matmul import packed_matmul_many
 from lotaqaf_jax.kernels.norm import add_norm, rms_norm
+from lotaqaf_jax.lora import low_rank_product
 from lotaqaf_jax.models.spec import LinearSpec
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
 
-__all__ = ["Embed", "Linear", "PackedWeight", "RMSNorm", "Ternary", "products"]
+__all__ = ["Adapter", "Embed", "Linear", "PackedWeight", "RMSNorm", "products"]
 
 
 def _at(stack: Any, layer: jax.Array | None) -> Any:
@@ -35,17 +36,19 @@ class PackedWeight(nnx.Variable):
     """Holds a frozen :class:`~lotaqaf_jax.quant.QuantizedWeight`."""
 
 
-class Ternary(nnx.Variable):
-    """Holds a :class:`~lotaqaf_jax.kernels.TernaryAdapter`: all that LoTA-QAF trains."""
+class Adapter(nnx.Variable):
+    """Holds a layer's adapters, of whichever method: all that is trained."""
 
 
 class Linear(nnx.Module):
-    """y = x @ W + bias, with W dense, or packed integers with or without ternary adapters.
+    """y = x @ W + bias, with W dense or packed integers, and with or without adapters.
+
+    Ternary adapters and those of QA-LoRA change a packed W; those of LoRA add a product of their own to y, whatever W.
 
     Attributes:
         weight: for a quantised layer a :class:`PackedWeight`, else a Param (..., out, in), as Hugging Face stores it.
         bias: Param (..., out) or None.
-        adapter: a :class:`Ternary`, or None.
+        adapter: an :class:`Adapter`, or None.
 
     Built with zeros; loading or initialisation replaces them.
     """
@@ -71,7 +74,7 @@ class Linear(nnx.Module):
             )
             self.weight = PackedWeight(weight)
         self.bias = nnx.Param(jnp.zeros((*stack, n_out), spec.bias_dtype)) if spec.bias else nnx.data(None)
-        self.adapter: Ternary | None = nnx.data(None)
+        self.adapter: Adapter | None = nnx.data(None)
 
     @property
     def is_quantized(self) -> bool:
@@ -87,9 +90,22 @@ class Linear(nnx.Module):
         return weight
 
     @property
-    def ternary(self) -> TernaryAdapter | None:
+    def shape(self) -> tuple[int, int]:
+        """(in, out) of one layer's weight."""
+        if self.is_quantized:
+            return self.packed.shape
+        n_out, n_in = self.weight.get_value().shape[-2:]
+        return n_in, n_out
+
+    @property
+    def adapters(self) -> AnyAdapter | None:
         """The layer's adapters, or None."""
         return None if self.adapter is None else self.adapter.get_value()
+
+    @property
+    def packs(self) -> bool:
+        """Whether W itself is a stack of packed words, which decoding can multiply where they lie."""
+        return self.is_quantized and (self.adapters is None or isinstance(self.adapters, LowRank))
 
     def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """(..., in) -> (..., out), in the type of ``x``.
@@ -98,14 +114,25 @@ class Linear(nnx.Module):
             x: (..., in).
             layer: () int32, which layer of a stack; None where the arrays are one layer's.
         """
-        if not self.is_quantized:
-            table = _at(self.weight.get_value(), layer).astype(x.dtype)
-            y = jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())))
-        elif layer is None or self.ternary is not None:
-            y = quantized_linear(x, _at(self.packed, layer), _at(self.ternary, layer))
+        if layer is not None and self.packs:
+            return self._with_low_rank(x, _packed_products(x, [self], layer)[0], layer)
+        if self.is_quantized:
+            adapters = self.adapters
+            within = None if isinstance(adapters, LowRank) else _at(adapters, layer)
+            rebuild = adapters is None or adapters.rebuild
+            y = quantized_linear(x, _at(self.packed, layer), within, rebuild=rebuild)
         else:
-            return _packed_products(x, [self], layer)[0]
-        return y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
+            table = _at(self.weight.get_value(), layer).astype(x.dtype)
+            y = keep_product(jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ()))))
+        y = y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
+        return self._with_low_rank(x, y, layer)
+
+    def _with_low_rank(self, x: jax.Array, y: jax.Array, layer: jax.Array | None) -> jax.Array:
+        """y = x @ W + bias, and LoRA's product where there is one."""
+        if not isinstance(self.adapters, LowRank):
+            return y
+        pair = _at(self.adapters, layer)
+        return y + low_rank_product(x, pair.a, pair.b, pair.scale)
 
     def summand(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """What :meth:`RMSNorm.after_sum` adds: the product, which the kernel may leave to it in parts.
@@ -117,7 +144,7 @@ class Linear(nnx.Module):
         Returns:
             (..., out) in the type of ``x``, as a call; or (parts, ..., out) float32 if their sum, rounded, is that.
         """
-        if layer is None or not self.is_quantized or self.ternary is not None:
+        if layer is None or not self.is_quantized or self.adapters is not None:
             return self(x, layer)
         return _packed_products(x, [self], layer, whole=False)[0]
 
@@ -133,9 +160,10 @@ def products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array | None) -
     Returns:
         (..., out) of every linear, in the type of ``x``.
     """
-    if layer is None or any(not linear.is_quantized or linear.ternary is not None for linear in linears):
+    if layer is None or not all(linear.packs for linear in linears):
         return [linear(x, layer) for linear in linears]
-    return _packed_products(x, linears, layer)
+    ys = _packed_products(x, linears, layer)
+    return [linear._with_low_rank(x, y, layer) for linear, y in zip(linears, ys, strict=True)]
 
 
 def _packed_products(x: jax.Array, linears: Sequence[Linear], layer: jax.Array, whole: bool = True) -> list[jax.Array]:

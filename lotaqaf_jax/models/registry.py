@@ -24,6 +24,11 @@ class KnownModel:
         """The published threshold, 0.75 * rank."""
         return 0.75 * self.rank
 
+    @property
+    def large(self) -> bool:
+        """Whether it counts among the paper's large models, which have half the rank and smaller learning rates."""
+        return self.rank < 64
+
 
 def _qwen(size: str, rank: int) -> KnownModel:
     return KnownModel(f"Qwen/Qwen2.5-{size}-Instruct-GPTQ-Int4", rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,34 @@ from lotaqaf_jax.assets import DEFAULT_RUN
 from lotaqaf_jax.data import DataConfig
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.kernels.choose import HOPPER, compute_capability
+from lotaqaf_jax.lora import check_settings as check_low_rank
 from lotaqaf_jax.models import KNOWN_MODELS
 from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.pretrained import default_dtype
 from lotaqaf_jax.ternary import check_settings
 
-__all__ = ["TrainConfig", "parse_config"]
+__all__ = ["MethodName", "TrainConfig", "parse_config"]
+
+MethodName = Literal["lota", "lora", "qalora"]
+
+_LOTA: tuple[MethodName, ...] = ("lota",)
+_LOW_RANK: tuple[MethodName, ...] = ("lora", "qalora")
+_ONLY: dict[str, tuple[MethodName, ...]] = {
+    "omega": _LOTA,
+    "offset": _LOTA,
+    "offset_dtype": ("lota", "qalora"),
+    "sigma_schedule": _LOTA,
+    "beta": _LOTA,
+    "float8": _LOTA,
+    "lora_alpha": _LOW_RANK,
+    "qalora_pool": ("qalora",),
+    "learning_rate": _LOW_RANK,
+    "lr_scheduler_type": _LOW_RANK,
+    "warmup_ratio": _LOW_RANK,
+    "max_grad_norm": _LOW_RANK,
+    "weight_decay": _LOW_RANK,
+}
+"""Settings that not every method has, with the methods that do, which their help begins with."""
 
 
 def _help(text: str, default: Any) -> Any:
@@ -33,6 +56,11 @@ def _help(text: str, default: Any) -> Any:
 class TrainConfig:
     """Settings of a training run; every field is a flag of ``train.py``."""
 
+    method: MethodName = _help(
+        "lota: ternary adapters, which move integers; lora: adapters in 16 bit beside the model, which may be one of "
+        "16 bit itself; qalora: adapters of groups, which shift zero points",
+        "lota",
+    )
     model: str | None = _help(
         "folder, hub name or known name of a GPTQ checkpoint; none: the shipped small model", None
     )
@@ -51,15 +79,34 @@ class TrainConfig:
     packing: bool = _help("put several examples into a row; they do not see each other", False)
 
     lora_r: int | None = _help("rank of the adapters; none: the paper's for the model, or 64", None)
-    omega: float | None = _help("threshold on |A@B| above which an integer moves; none: 0.75 * lora_r", None)
-    offset: Literal["reference", "paper", "none"] = _help("rule of the zero-point offset mu", "reference")
-    offset_dtype: Literal["float32", "float16", "bfloat16"] = _help("type that mu is stored in", "float32")
+    omega: float | None = _help("lota: threshold on |A@B| above which an integer moves; none: 0.75 * lora_r", None)
+    offset: Literal["reference", "paper", "none"] = _help("lota: rule of the zero-point offset mu", "reference")
+    offset_dtype: Literal["float32", "float16", "bfloat16"] = _help(
+        "lota, qalora: type that mu is stored in", "float32"
+    )
+    lora_alpha: float | None = _help("lora, qalora: A@B is multiplied by lora_alpha / lora_r; none: 2 * lora_r", None)
+    qalora_pool: Literal["sum", "mean"] = _help(
+        "qalora: what is made of the inputs of a group; sum: as published, mean: the authors' code", "sum"
+    )
     target_modules: list[str] = _help(
         "projections to adapt",
         list(TARGET_MODULES),
     )
-    sigma_schedule: Literal["reference", "paper"] = _help("schedule of the gradient quantile", "reference")
-    beta: float = _help("average gradients over steps before sign and threshold; 0: the published rule", 0.0)
+    sigma_schedule: Literal["reference", "paper"] = _help("lota: schedule of the gradient quantile", "reference")
+    beta: float = _help("lota: average gradients over steps before sign and threshold; 0: the published rule", 0.0)
+    learning_rate: float | None = _help(
+        "lora, qalora: AdamW's; none: the published 5e-4, or 1e-4 for known models of 32B and more, on alpaca 1e-5 and "
+        "5e-6",
+        None,
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = _help(
+        "lora, qalora: what the learning rate does after the warmup: stay, or fall to 0 at the last step", "constant"
+    )
+    warmup_ratio: float = _help("lora, qalora: share of the steps over which the learning rate rises from 0", 0.0)
+    max_grad_norm: float = _help(
+        "lora, qalora: gradients are scaled down to this norm over all adapters; 0: never", 0.3
+    )
+    weight_decay: float = _help("lora, qalora: AdamW's, times the learning rate", 0.0)
 
     per_device_train_batch_size: int = _help("rows that are computed at once", 8)
     per_device_eval_batch_size: int | None = _help("the same in evaluation; none: as in training", None)
@@ -75,8 +122,8 @@ class TrainConfig:
         "auto",
     )
     float8: bool | None = _help(
-        "bfloat16 only: round to 8 bits for the one product behind the adapters' gradients; none: on GPUs from Hopper "
-        "on, where it is faster",
+        "lota: in bfloat16, round to 8 bits for the one product behind the adapters' gradients; none: on GPUs from "
+        "Hopper on, where it is faster",
         None,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _help("type that is computed in; auto: by device", "auto")
@@ -111,11 +158,22 @@ class TrainConfig:
             raise ConfigError(f"--num_train_epochs: found {self.num_train_epochs}, expected more than 0.")
         if self.float8 and self.dtype == "float32":
             raise ConfigError("--float8: found true with --dtype float32, expected bfloat16; leave one of them out.")
-        if not 0 <= self.beta < 1:
-            raise ConfigError(f"--beta: found {self.beta}, expected 0 <= beta < 1.")
+        for name in ("beta", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"--{name}: found {getattr(self, name)}, expected 0 <= {name} < 1.")
+        for name in ("max_grad_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name}: found {getattr(self, name)}, expected 0 or more.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--learning_rate: found {self.learning_rate}, expected more than 0.")
         if self.model is not None and self.dataset is None:
             raise ConfigError("--dataset is missing. Name the file, folder, hub name or preset to train on.")
-        check_settings(self.rank, self.threshold, self.offset)
+        given = [f.name for f in dataclasses.fields(self) if f.default != getattr(self, f.name)]
+        check_method(self.method, given)
+        if self.method == "lota":
+            check_settings(self.rank, self.threshold, self.offset)
+        else:
+            check_low_rank(self.rank, self.alpha)
         check_targets(self.target_modules)
 
     @property
@@ -153,25 +211,28 @@ class TrainConfig:
     def takes_float8(self) -> bool:
         """Whether the adapters' gradients come from a product of float8 numbers."""
         wanted = (compute_capability() or (0, 0)) >= HOPPER if self.float8 is None else self.float8
-        return wanted and jnp.dtype(self.compute_dtype) == jnp.bfloat16
+        return self.method == "lota" and wanted and jnp.dtype(self.compute_dtype) == jnp.bfloat16
 
     @property
     def threshold(self) -> float:
         """``omega``, or the published 0.75 * rank."""
         return 0.75 * self.rank if self.omega is None else self.omega
 
-    def summary(self, steps: int) -> str:
-        """The settings that matter most, as lines to print; ``steps`` are those of ``num_train_epochs``."""
-        steps = self.max_steps if self.max_steps > 0 else steps
-        return (
-            f"model        {self.model}\n"
-            f"adapters     rank {self.rank}, omega {self.threshold:g}, offset {self.offset} in {self.offset_dtype}, "
-            f"on {' '.join(self.target_modules)}\n"
-            f"optimizer    t-SignSGD, schedule {self.sigma_schedule}, beta {self.beta:g}, {steps} steps of "
-            f"{self.train_batch_size} rows, seed {self.seed}\n"
-            f"computed in  {jnp.dtype(self.compute_dtype).name}"
-            f"{', gradients of the weights from float8' if self.takes_float8 else ''}"
-        )
+    @property
+    def alpha(self) -> float:
+        """``lora_alpha``, or the published 2 * rank."""
+        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def peak_rate(self) -> float:
+        """``learning_rate``, or the published one for the model's size and the data."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        known = KNOWN_MODELS.get(str(self.model).lower())
+        large = known is not None and known.large
+        if str(self.dataset).partition(":")[0] == "alpaca":
+            return 5e-6 if large else 1e-5
+        return 1e-4 if large else 5e-4
 
     def data(self) -> DataConfig:
         """The settings of the data room among these."""
@@ -199,6 +260,23 @@ class TrainConfig:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in passing}
 
 
+def check_method(method: MethodName, given: Iterable[str]) -> None:
+    """Refuse settings that a method does not have.
+
+    Args:
+        method: the method.
+        given: names of the settings that were given.
+
+    Raises:
+        ConfigError: names the first that belongs to other methods.
+    """
+    for name, only in _ONLY.items():
+        if name in given and method not in only:
+            raise ConfigError(
+                f"--{name}: is a setting of --method {' or '.join(only)}, found with --method {method}. Leave it out."
+            )
+
+
 def parse_config(argv: Sequence[str]) -> TrainConfig:
     """Read the command line: ``--config file.yaml`` first, flags on top; without a model, the shipped run below both.
 
@@ -214,13 +292,19 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
     parser = HfArgumentParser(TrainConfig, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", default=None, help="YAML file of these settings; flags win over it")
     parser.prog = "train.py"
-    parser.description = "Fine-tune a GPTQ model with ternary adapters, merge them without rounding, write it back."
+    parser.description = (
+        "Fine-tune a GPTQ model with ternary adapters, merge them without rounding, write it back; or train LoRA or "
+        "QA-LoRA in the same way, to compare with."
+    )
     given = parser.parse_args(list(argv))
     settings = [] if given.config is None else _as_flags(_read_yaml(Path(given.config)), given.config)
     named = parser.parse_args([*settings, *argv])
+    check_method(named.method, _given([*settings, *argv]))
     if named.model is None and named.dataset is None:
         shipped = DEFAULT_RUN / "train.yaml"
-        defaults = _read_yaml(shipped)
+        defaults = {
+            key: value for key, value in _read_yaml(shipped).items() if named.method in _ONLY.get(key, (named.method,))
+        }
         for key in ("model", "dataset", "eval_dataset"):
             defaults[key] = str(DEFAULT_RUN / defaults[key])
         settings = [*_as_flags(defaults, str(shipped)), *settings]
@@ -229,6 +313,11 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
     values = vars(parser.parse_args([*settings, *argv]))
     values.pop("config")
     return TrainConfig(**values)
+
+
+def _given(flags: Iterable[str]) -> set[str]:
+    """Names of the settings among command-line arguments."""
+    return {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_log(path: str | Path, picture: str | Path) -> None:
-    """Draw training and held-out loss, and the share of moved integers, over the steps.
+    """Draw training and held-out loss over the steps, and the share of moved integers where the log has it.
 
     Args:
         path: the log.
@@ -102,7 +102,8 @@ def plot_log(path: str | Path, picture: str | Path) -> None:
     from matplotlib import pyplot
 
     records = read_log(path)
-    train = [(r["step"], r["loss"], r["moved"]) for r in records if "loss" in r]
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    moved = [(r["step"], 100 * r["moved"]) for r in records if "moved" in r]
     held = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if train:
@@ -113,9 +114,9 @@ def plot_log(path: str | Path, picture: str | Path) -> None:
     axes.set_ylabel("nats per target token")
     axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()
-    if train:
+    if moved:
         right = axes.twinx()
-        right.plot([r[0] for r in train], [100 * r[2] for r in train], "--", color="grey", label="integers moved")
+        right.plot([r[0] for r in moved], [r[1] for r in moved], "--", color="grey", label="integers moved")
         right.set_ylabel("% of integer weights moved")
         right.set_ylim(bottom=0)
         more = right.get_legend_handles_labels()

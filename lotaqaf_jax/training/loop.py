@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,12 @@ from tqdm import tqdm
 from lotaqaf_jax.data import TrainingData
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, Recompute, count_moves
-from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.compilation import CompiledStep, least_recompute
 from lotaqaf_jax.training.config import TrainConfig
 from lotaqaf_jax.training.feed import Feed
 from lotaqaf_jax.training.log import RunLog
+from lotaqaf_jax.training.methods import method_of
 from lotaqaf_jax.training.results import Results
 from lotaqaf_jax.training.signals import StopSignal
 from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
@@ -51,7 +52,7 @@ def train(
     checkpoint holds adapters, optimizer state and the place in the data, and everything else follows from the seed.
 
     Args:
-        model: a decoder with fresh adapters.
+        model: a decoder with fresh adapters, of the method that ``config`` names.
         data: its training stream is used from where it stands.
         config: settings of the run.
         evaluate: (model, title) -> numbers on held-out rows, logged as ``eval_<name>`` before the first step, after
@@ -68,7 +69,9 @@ def train(
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     total = config.max_steps if config.max_steps > 0 else data.num_steps(config.num_train_epochs)
-    optimizer = t_signsgd(total, config.sigma_schedule, beta=config.beta or None, stacked_axes=1)
+    method = method_of(config)
+    optimizer = method.optimizer(config, total)
+    rates = None if method.rates is None else method.rates(config, total)
     graph, adapters, frozen = split_model(model)
     # Copied, because the step donates its state and the caller's model must stay whole.
     adapters = jax.tree.map(jnp.copy, adapters)
@@ -90,9 +93,12 @@ def train(
     def done(step: int, record: dict[str, Any] | None) -> None:
         bar.update()
         if record is not None:
-            log.write(step, record | {"epoch": step / data.train.steps_per_epoch})
-            moved = f"{100 * record['moved']:.3f}%"
-            bar.set_postfix(loss=f"{record['loss']:.4f}", moved=moved, refresh=False)
+            rate = {} if rates is None else {"learning_rate": float(f"{float(rates(step - 1)):.6g}")}
+            log.write(step, record | rate | {"epoch": step / data.train.steps_per_epoch})
+            shown = {"loss": f"{record['loss']:.4f}"}
+            if "moved" in record:
+                shown["moved"] = f"{100 * record['moved']:.3f}%"
+            bar.set_postfix(shown, refresh=False)
 
     def look(step: int) -> None:
         if evaluate is not None:
@@ -159,6 +165,8 @@ def _compile(
 
 def _same_settings(config: TrainConfig, total: int, place: dict[str, Any]) -> None:
     now, then = {**config.decisive(), "total_steps": total}, {**place["settings"], "total_steps": place["total_steps"]}
+    # A setting that the run's release did not have yet is what it is without being given.
+    then = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING} | then
     # Steps in all may have been given as epochs before and as steps now; only what they come to matters.
     ignored = {"max_steps", "num_train_epochs"}
     other = [key for key in now if key not in ignored and now[key] != then.get(key)]

@@ -89,22 +89,27 @@ class Results:
 
     def _read(self, one: _Unread) -> None:
         metrics = one.metrics
-        numbers = (metrics.loss, metrics.grad_norm, metrics.changed, metrics.tokens)
-        loss, norm, changed, tokens = (array.item() for array in jax.device_get(numbers))
+        *numbers, changed = jax.device_get((metrics.loss, metrics.grad_norm, metrics.tokens, metrics.changed))
+        loss, norm, tokens = (array.item() for array in numbers)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = list(nonfinite_tensors(self._model, metrics.squares))
             raise TrainingError(_blame(one.step, loss, norm, names))
         self.clock.add(tokens)
         record = None
         if one.counts is not None:
-            record = {"loss": loss, "grad_norm": norm, "changed": changed}
+            record = {"loss": loss, "grad_norm": norm} | ({} if changed is None else {"changed": changed.item()})
             record |= _shares(self._model, one.counts) | {"tokens_per_second": self.clock.rate()}
         self._done(one.step, record)
 
 
 def _shares(model: Decoder, counts: MoveCounts) -> dict[str, float]:
-    """Share of integer weights that the adapters move, and mean |mu| in steps of the grid, over all adapted layers."""
+    """Share of integer weights that the adapters move, and mean |mu| in steps of the grid, over all adapted layers.
+
+    Nothing for LoRA, whose adapters do neither.
+    """
     every = adapter_statistics(model, counts).values()
+    if not every:
+        return {}
     moved, integers = sum(one.moved for one in every), sum(one.integers for one in every)
     return {"moved": moved / integers, "mean_abs_mu": sum(one.mu for one in every) / sum(one.offsets for one in every)}
 

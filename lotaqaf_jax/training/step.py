@@ -1,4 +1,4 @@
-"""One update: gradients of the adapters over all accumulated batches, then t-SignSGD."""
+"""One update: gradients of the adapters over all accumulated batches, then the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from lotaqaf_jax.data import IGNORE
-from lotaqaf_jax.models import Decoder, Recompute, Ternary, adapted_linears
+from lotaqaf_jax.models import Adapter, Decoder, Recompute, adapted_linears
 from lotaqaf_jax.training.loss import summed_loss
 
 __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
@@ -21,7 +21,8 @@ __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "spl
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: int8 ``adapters`` (an NNX state), ``opt_state``, and ``step``, the updates done."""
+    """All that a step changes: ``adapters`` (an NNX state), int8 or float32 as their method has them, ``opt_state``,
+    and ``step``, the updates done."""
 
     adapters: nnx.State
     opt_state: Any
@@ -32,19 +33,20 @@ class TrainState:
 @dataclasses.dataclass(frozen=True)
 class Metrics:
     """Of one step: ``loss`` in nats per target token before the update, ``grad_norm`` over all adapters,
-    ``changed`` the number of adapter values that moved, ``tokens`` those of the batch that are not padding, and
-    ``squares`` the sum of squared gradients per tensor, by which a NaN is traced to its tensor."""
+    ``changed`` the number of ternary values that moved, None where the adapters are floats, ``tokens`` those of the
+    batch that are not padding, and ``squares`` the sum of squared gradients per tensor, by which a NaN is traced to its
+    tensor."""
 
     loss: jax.Array
     grad_norm: jax.Array
-    changed: jax.Array
+    changed: jax.Array | None
     tokens: jax.Array
     squares: nnx.State
 
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """(structure, adapters, everything else) of a model with adapters; ``nnx.merge`` puts it together."""
-    parts: tuple[Any, ...] = nnx.split(model, Ternary, ...)
+    parts: tuple[Any, ...] = nnx.split(model, Adapter, ...)
     return parts[0], parts[1], parts[2]
 
 
@@ -64,7 +66,7 @@ def make_train_step(
 
     Args:
         graph: structure of the model, of :func:`split_model`.
-        optimizer: t-SignSGD, or a chain with it.
+        optimizer: of the adapters: t-SignSGD for ternary ones.
         accumulate: number of parts that the batch is cut into along its rows, computed one after the other.
         recompute: what the backward pass computes again, see :meth:`lotaqaf_jax.models.Decoder.hidden_states`.
         packed: whether a row may hold several examples, which takes a mask over all pairs of tokens.
@@ -79,7 +81,7 @@ def make_train_step(
 
     # Its name is what profilers and logs of the compiler show.
     def train_step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        # int8 has no gradient: take it at a float copy.
+        # int8 has no gradient: take it at a float copy. Floats are what they are.
         floats = jax.tree.map(lambda array: array.astype(jnp.float32), state.adapters)
         if accumulate == 1:
             loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, batch)
@@ -100,13 +102,21 @@ def make_train_step(
         metrics = Metrics(
             loss=loss / targets,
             grad_norm=jnp.sqrt(sum(leaf.sum() for leaf in jax.tree.leaves(squares))),
-            changed=sum((jnp.abs(leaf).astype(jnp.int32).sum() for leaf in jax.tree.leaves(updates)), jnp.int32(0)),
+            changed=_moved(updates),
             tokens=(batch["segment_ids"] > 0).sum(),
             squares=squares,
         )
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _moved(updates: nnx.State) -> jax.Array | None:
+    """How many ternary values an update moves, each by one; None where adapters are floats, which all move a little."""
+    leaves = jax.tree.leaves(updates)
+    if not all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves):
+        return None
+    return sum((jnp.abs(leaf).astype(jnp.int32).sum() for leaf in leaves), jnp.int32(0))
 
 
 def _compiler_options() -> dict[str, bool] | None:
@@ -132,7 +142,7 @@ def nonfinite_tensors(model: Decoder, squares: nnx.State) -> Iterator[str]:
     """
     graph, _, frozen = split_model(model)
     for names, _, adapter in adapted_linears(nnx.merge(graph, squares, frozen)):
-        for part, values in (("lota_A", adapter.a), ("lota_B", adapter.b)):
+        for part, values in zip(adapter.parts, (adapter.a, adapter.b), strict=True):
             for name, value in zip(names, values, strict=True):
                 if not jnp.isfinite(value):
                     yield f"{name}.{part}"

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from lotaqaf_jax.errors import AdapterError, ConfigError
-from lotaqaf_jax.models import Decoder, adapted_linears
+from lotaqaf_jax.models import Decoder, adapted_linears, add_lora, add_qalora, linears
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
+from tests.models.tiny import set_random_low_rank
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,35 @@ def test_round_trip_is_exact(base: CheckpointFolder, model: Decoder, plain: Deco
     assert tensors["model.layers.1.mlp.down_proj.lota_B"].shape == (8, 64)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["method"], config["rank"], config["omega"], config["offset"]) == ("lota-qaf", 8, 3.0, "reference")
+
+
+def test_qalora_round_trip_is_exact(base: CheckpointFolder, plain: Decoder, tmp_path: Path) -> None:
+    model = add_qalora(plain, rank=3, alpha=5.0, pool="mean", offset_dtype="bfloat16")
+    set_random_low_rank(model)
+    convert.save_adapter(model, tmp_path / "adapter", base=base)
+    loaded = convert.load_adapter(plain, tmp_path / "adapter", base=base)
+    for (names, _, saved), (found, _, read) in zip(adapted_linears(model), adapted_linears(loaded), strict=True):
+        assert names == found
+        assert type(saved) is type(read)
+        np.testing.assert_array_equal(saved.a, read.a)
+        np.testing.assert_array_equal(saved.b, read.b)
+        assert (saved.alpha, saved.pool, saved.offset_dtype) == (read.alpha, read.pool, read.offset_dtype)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors["model.layers.1.mlp.down_proj.qalora_A"].shape == (3, 3)
+    assert tensors["model.layers.1.mlp.down_proj.qalora_B"].shape == (3, 64)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["method"], config["rank"], config["alpha"], config["pool"]) == ("qa-lora", 3, 5.0, "mean")
+    edit(tmp_path / "adapter", pool="most")
+    with pytest.raises(AdapterError, match="pool: found 'most'"):
+        convert.load_adapter(plain, tmp_path / "adapter", base=base)
+
+
+def test_adapters_of_two_kinds_are_no_adapter(base: CheckpointFolder, plain: Decoder, tmp_path: Path) -> None:
+    model, other = add_lora(plain, rank=2), add_qalora(plain, rank=2)
+    (_, linear), (_, lent) = next(linears(model)), next(linears(other))
+    linear.adapter = lent.adapter
+    with pytest.raises(AdapterError, match=r"several kinds \(GroupLowRank, LowRank\)"):
+        convert.save_adapter(model, tmp_path / "adapter", base=base)
 
 
 def test_another_base_is_an_error(adapter: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,9 +13,11 @@ from safetensors.numpy import load_file, save_file
 import convert
 from convert.verify import Report
 from lotaqaf_jax.errors import VerificationError
-from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.models import Decoder, add_qalora
+from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model
+from tests.models.tiny import set_random_low_rank
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -43,6 +46,24 @@ def test_report_says_what_moved(exported: tuple[Path, Report], base: CheckpointF
     assert report.bytes_before == report.bytes_after == base.nbytes
     assert "bit-identical" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["moved_share"] == report.moved_share
+
+
+def test_qalora_moves_zero_points_alone(base: CheckpointFolder, tmp_path: Path) -> None:
+    """Exported by the same path, with the same proof: not an integer moved, and the logits are the trained ones."""
+    model = add_qalora(load_decoder(base, jnp.float32, progress=False), rank=3)
+    set_random_low_rank(model)
+    convert.save_adapter(model, tmp_path / "adapter", base=base, progress=False)
+    report = convert.merge_and_save(model, tmp_path / "merged", base=base, progress=False)
+    assert (report.moved_share, report.largest_move, report.tokens) == (0, 0, 64)
+    assert report.mean_offset > 0.01
+    for name in base.tensors:
+        assert np.array_equal(base.read(name), CheckpointFolder(tmp_path / "merged").read(name))
+    assert convert.verify(base, tmp_path / "merged", adapter=tmp_path / "adapter", progress=False) == report
+    offsets = tmp_path / "merged" / "offset_adapter" / "lota_offset.safetensors"
+    held = load_file(offsets)
+    save_file(held | {f"{Q}.offset": np.nextafter(held[f"{Q}.offset"], np.float32(9))}, offsets)
+    with pytest.raises(VerificationError, match=r"q_proj\.(offset|lora_B)"):
+        convert.verify(base, tmp_path / "merged", model=model, progress=False)
 
 
 def test_adapter_folder_serves_as_the_adapter_model(

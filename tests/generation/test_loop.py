@@ -15,9 +15,9 @@ from lotaqaf_jax.errors import ConfigError, DataError
 from lotaqaf_jax.generation import GenerationResult, generate
 from lotaqaf_jax.generation.loop import _generate, _program, bucket
 from lotaqaf_jax.generation.sampling import Sampling
-from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters, dense_spec, init_decoder, merge
+from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters, add_lora, add_qalora, dense_spec, init_decoder, merge
 from lotaqaf_jax.models.cache import KVCache
-from tests.models.tiny import CONFIG, fill_decoder, quantized_decoder, set_random_adapters
+from tests.models.tiny import CONFIG, fill_decoder, quantized_decoder, set_random_adapters, set_random_low_rank
 
 QWEN2 = dataclasses.replace(CONFIG, tie_word_embeddings=False, max_position_embeddings=96)
 LLAMA = dataclasses.replace(QWEN2, model_type="llama", qkv_bias=False, num_key_value_heads=1)
@@ -49,10 +49,18 @@ def adapted() -> Decoder:
     return model
 
 
+def low_rank(model: Decoder, seed: int, size: float) -> Decoder:
+    """The model with adapters that change what it writes, but do not drown what it was."""
+    set_random_low_rank(model, seed, size)
+    return model
+
+
 MODELS = {
     "llama-packed": lambda: quantized_decoder(LLAMA, QuantSpec(8, -1)),
     "qwen2-two-segments": two_segments,
     "llama-merged": lambda: merge(adapted()),
+    "qwen2-two-segments-lora": lambda: low_rank(add_lora(two_segments(), rank=3), 0, 0.02),
+    "llama-qalora": lambda: low_rank(add_qalora(quantized_decoder(LLAMA, QuantSpec(8, -1)), rank=3), 1, 0.01),
 }
 
 

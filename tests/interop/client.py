@@ -3,7 +3,8 @@
     python client.py jobs.json
 
 A job: {"kind", "folder", "adapter" or null, "bits", "input_ids" (.npy), "output" (.npy)}. kind "transformers": float32,
-GPTQModel's exact torch kernel, the adapter by PEFT. kind "gptqmodel": GPTQModel's own loader and adapters, float16.
+GPTQModel's exact torch kernel, the adapter by PEFT. kind "dense": the same of a 16-bit model. kind "gptqmodel":
+GPTQModel's own loader and adapters, float16.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ def with_transformers(job: dict[str, Any]) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GPTQConfig
 
+    quantized = {"quantization_config": GPTQConfig(bits=job["bits"], backend="gptq_torch")}
     model = AutoModelForCausalLM.from_pretrained(
         job["folder"],
         dtype=torch.float32,
-        quantization_config=GPTQConfig(bits=job["bits"], backend="gptq_torch"),
         device_map="cpu",
+        **({} if job["kind"] == "dense" else quantized),
     )
     if job["adapter"] is not None:
         model = PeftModel.from_pretrained(model, job["adapter"])
@@ -48,7 +50,7 @@ def main() -> None:
     failed = {}
     for job in jobs:
         try:
-            model = (with_transformers if job["kind"] == "transformers" else with_gptqmodel)(job)
+            model = (with_gptqmodel if job["kind"] == "gptqmodel" else with_transformers)(job)
             model.eval()
             with torch.no_grad():
                 logits = model(input_ids=torch.from_numpy(np.load(job["input_ids"])).long()).logits

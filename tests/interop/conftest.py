@@ -9,30 +9,56 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import convert
 import lotaqaf_jax
+from lotaqaf_jax.models import Decoder, add_lora, add_qalora
+from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
+from tests.models.tiny import set_random_low_rank
+from tests.peer import torch_model
 
 CLIENT = Path(__file__).parent / "client.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A base and how it is adapted; ``gptqmodel_only`` where transformers is known not to load the base itself."""
+    """A base and how it is adapted: by LoTA-QAF with the rule ``offset``, or by another method, which ``offset`` names.
+
+    ``gptqmodel_only`` where transformers is known not to load the base itself. A ``dense`` base is dequantised first.
+    ``lora_alpha`` is of the other methods, whose rank is 8; GPTQModel's own loader leaves a LoRA's alpha / rank out.
+    """
 
     base: str
     bits: int
     offset: str
     targets: tuple[str, ...] = ()
     gptqmodel_only: bool = False
+    dense: bool = False
+    lora_alpha: float = 16.0
 
     @property
     def name(self) -> str:
-        return f"{self.base}-{self.offset}" + ("-some" if self.targets else "")
+        marks = {"-some": self.targets, "-dense": self.dense, "-alpha8": self.lora_alpha == 8}
+        return f"{self.base}-{self.offset}" + "".join(mark for mark, holds in marks.items() if holds)
+
+    @property
+    def folder(self) -> str:
+        """The base's folder, by which its own logits go."""
+        return self.base + ("-dense" if self.dense else "")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The clients that open it."""
+        if self.dense:
+            return ("dense",)
+        if self.offset == "lora" and self.lora_alpha != 8:
+            return ("transformers",)
+        return ("gptqmodel",) if self.gptqmodel_only else ("transformers", "gptqmodel")
 
 
 CASES = (
@@ -47,15 +73,34 @@ CASES = (
     Case("ckpt-llama-b4g32-sym-dynamic", 4, "reference", gptqmodel_only=True),
     Case("babyllama105-gptq-w2g32-asym", 2, "reference"),
     Case("babyllama105-gptq-w2g32-asym", 2, "none"),
+    Case("ckpt-llama-b4g32-asym-desc", 4, "qalora"),
+    Case("ckpt-qwen2-b8g64-sym-partial", 8, "qalora"),
+    Case("babyllama105-gptq-w2g32-asym", 2, "qalora"),
+    Case("ckpt-llama-b4g32-asym-desc", 4, "lora"),
+    Case("ckpt-llama-b4g32-asym-desc", 4, "lora", lora_alpha=8.0),
+    Case("ckpt-qwen2-b4g32-sym-desc", 4, "lora"),
+    Case("babyllama105-gptq-w2g32-asym", 2, "lora"),
+    Case("ckpt-llamapos-b4g32-asym", 4, "lora", dense=True),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """Our logits and the client's, by what was opened: "base" and "merged", by "transformers" and "gptqmodel"."""
+    """Our logits and the client's, by what was opened: "base" and "merged" (or the base with a LoRA), and by whom:
+    "transformers", "gptqmodel" and, for 16-bit models, "dense", which is transformers too."""
 
     ours: dict[str, np.ndarray]
     theirs: dict[tuple[str, str], np.ndarray | str]
+
+
+def adapted(case: Case, base: CheckpointFolder) -> Decoder:
+    """The base with random adapters of the case's method."""
+    if case.offset not in ("lora", "qalora"):
+        return adapter_model(base, offset=case.offset, targets=case.targets or None)
+    model = load_decoder(base, jnp.float32, progress=False)
+    model = (add_lora if case.offset == "lora" else add_qalora)(model, rank=8, alpha=case.lora_alpha)
+    set_random_low_rank(model, size=0.001 if case.offset == "lora" else 0.0004)
+    return model
 
 
 def with_tokenizer(base: Path, folder: Path) -> Path:
@@ -84,12 +129,24 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
     ours: dict[str, dict[str, np.ndarray]] = {}
     keys: dict[str, tuple[str, str, str]] = {}
 
-    def ask(case: str, what: str, bits: int, folder: Path, ids: Path, kinds: tuple[str, ...]) -> None:
+    def ask(
+        case: str,
+        what: str,
+        bits: int,
+        folder: Path,
+        ids: Path,
+        kinds: tuple[str, ...],
+        adapter: Path | None = None,
+    ) -> None:
+        beside = folder / "offset_adapter" if adapter is None else adapter
         for kind in kinds:
             output = root / f"{case}.{what}.{kind}.npy"
-            beside = folder / "offset_adapter"
-            adapter = str(beside) if beside.is_dir() else None
-            job = {"kind": kind, "folder": str(folder), "adapter": adapter, "bits": bits}
+            job = {
+                "kind": kind,
+                "folder": str(folder),
+                "adapter": str(beside) if beside.is_dir() else None,
+                "bits": bits,
+            }
             jobs.append(job | {"input_ids": str(ids), "output": str(output)})
             keys[str(output)] = (case, what, kind)
 
@@ -99,18 +156,26 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
         if source is None:
             continue
         path = with_tokenizer(source, root / "bases" / case.base)
-        kinds = ("gptqmodel",) if case.gptqmodel_only else ("transformers", "gptqmodel")
+        if case.dense:
+            plain = lotaqaf_jax.load_pretrained(path, progress=False)
+            path = root / "bases" / case.folder
+            torch_model(plain).half().save_pretrained(path)
         base = CheckpointFolder(path)
-        model = adapter_model(base, offset=case.offset, targets=case.targets or None)
+        model = adapted(case, base)
         ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)
         np.save(root / f"{case.name}.ids.npy", ids)
-        convert.merge_and_save(model, root / case.name, base=base, progress=False)
         plain = lotaqaf_jax.load_pretrained(path, progress=False)
         ours[case.name] = {"base": np.asarray(plain(ids)), "merged": np.asarray(model(ids))}
-        if case.base not in asked:
-            ask(case.base, "base", case.bits, path, root / f"{case.name}.ids.npy", kinds)
-            asked.add(case.base)
-        ask(case.name, "merged", case.bits, root / case.name, root / f"{case.name}.ids.npy", kinds)
+        given = (root / f"{case.name}.ids.npy", case.kinds)
+        if case.folder not in asked:
+            ask(case.folder, "base", case.bits, path, *given)
+            asked.add(case.folder)
+        if case.offset == "lora":
+            convert.save_adapter(model, root / case.name, base=base, progress=False)
+            ask(case.name, "merged", case.bits, path, *given, adapter=root / case.name)
+        else:
+            convert.merge_and_save(model, root / case.name, base=base, progress=False)
+            ask(case.name, "merged", case.bits, root / case.name, *given)
 
     # A whole checkpoint of our own making, asymmetric, with the configs that we write.
     path = root / "bases" / "ckpt-llamapos-b4g32-asym"
@@ -137,5 +202,5 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
     for output, (case_name, what, kind) in keys.items():
         result = failed[output] if output in failed else np.load(output)
         theirs.setdefault(case_name, {})[what, kind] = result
-    of_base = {case.name: theirs.get(case.base, {}) for case in CASES}
+    of_base = {case.name: theirs.get(case.folder, {}) for case in CASES}
     return {name: Opened(ours[name], of_base.get(name, {}) | theirs[name]) for name in ours}

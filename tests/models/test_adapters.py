@@ -85,7 +85,7 @@ def test_merging_changes_no_bit_of_the_logits(quant: QuantSpec, settings: dict[s
         np.testing.assert_allclose(shares[name], np.abs(step).mean(), rtol=1e-6, err_msg=name)
     for (_, ours), (_, theirs) in zip(linears(merged), linears(base), strict=True):
         ours.packed.validate(stacked=1)
-        assert ours.ternary is None
+        assert ours.adapters is None
         assert (ours.packed.offset is None) == (settings.get("offset") == "none")
         np.testing.assert_array_equal(ours.packed.zeros, theirs.packed.zeros)
         np.testing.assert_array_equal(ours.packed.scales, theirs.packed.scales)

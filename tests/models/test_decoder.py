@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lotaqaf_jax.models import Decoder, QuantSpec, Ternary, add_adapters, init_decoder, linears
+from lotaqaf_jax.models import Adapter, Decoder, QuantSpec, add_adapters, init_decoder, linears
 from lotaqaf_jax.models.decoder import attention_mask
 from tests.models.tiny import CONFIG, quantized_decoder, set_random_adapters, tokens
 
@@ -113,7 +113,7 @@ def loss_gradient(model: Decoder, recompute: Any) -> Any:
     graph, state = nnx.split(model)
 
     def run(state: nnx.State, ids: jax.Array) -> tuple[jax.Array, nnx.State]:
-        graph_of_parts, adapters, rest = nnx.split(nnx.merge(graph, state), Ternary, ...)
+        graph_of_parts, adapters, rest = nnx.split(nnx.merge(graph, state), Adapter, ...)
 
         def loss(adapters: nnx.State) -> jax.Array:
             model = nnx.merge(graph_of_parts, adapters, rest)

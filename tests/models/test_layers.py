@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import lotaqaf_jax.models.layers as layers
-from lotaqaf_jax.kernels import TernaryAdapter
-from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters
-from lotaqaf_jax.models.layers import Linear, Ternary, products
+from lotaqaf_jax.kernels import LowRank, TernaryAdapter
+from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters, add_lora
+from lotaqaf_jax.models.layers import Adapter, Linear, products
 from lotaqaf_jax.models.spec import LinearSpec
 from tests.models.tiny import fill, quantized_decoder, tokens
 
@@ -32,7 +32,15 @@ def linear(width: int, quant: QuantSpec | None = BASE, bias: bool = True, adapte
         made.bias.set_value(jnp.asarray(rng.normal(size=(3, width)), jnp.float16))
     if adapter:
         a, b = (jnp.asarray(rng.integers(-1, 2, shape), jnp.int8) for shape in ((3, 32, 4), (3, 4, width)))
-        made.adapter = Ternary(TernaryAdapter(a, b, 1.0, "reference", jnp.dtype(jnp.float32)))
+        made.adapter = Adapter(TernaryAdapter(a, b, 1.0, "reference", jnp.dtype(jnp.float32)))
+    return made
+
+
+def with_lora(made: Linear) -> Linear:
+    """The same layers with LoRA beside them."""
+    rng = np.random.default_rng(7)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 32, 4), (3, 4, made.shape[1])))
+    made.adapter = Adapter(LowRank(a, b, 8.0))
     return made
 
 
@@ -44,8 +52,9 @@ def linear(width: int, quant: QuantSpec | None = BASE, bias: bool = True, adapte
         lambda: [linear(8, QuantSpec(8, 16)), linear(8, QuantSpec(4, 16, act_order=True))],
         lambda: [linear(8, None), linear(8)],
         lambda: [linear(8, adapter=True)],
+        lambda: [with_lora(linear(8)), with_lora(linear(24, None)), linear(16)],
     ],
-    ids=["alike", "one bias", "other quantisation", "dense", "adapter"],
+    ids=["alike", "one bias", "other quantisation", "dense", "adapter", "lora"],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_products_are_those_of_each_layer(others: Callable[[], list[Linear]], dtype: Any) -> None:
@@ -80,3 +89,6 @@ def test_decoding_reads_q_k_and_v_together_and_gate_and_up(monkeypatch: pytest.M
     made.clear()
     decode(add_adapters(model, rank=4, omega=1, target_modules=("k_proj", "down_proj")))
     assert made == [[32], [16], [32], [48, 48]]
+    made.clear()
+    decode(add_lora(model, rank=4))
+    assert made == [[32, 16, 16], [32], [48, 48], [32]], "LoRA's product is beside the packed one"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, dense_spec, linears
-from lotaqaf_jax.models.layers import Linear, Ternary
+from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, adapted_linears, dense_spec, linears
+from lotaqaf_jax.models.layers import Adapter, Linear
 from tests.weights import Grid, quantized, random_numbers
 
 CONFIG = DecoderConfig.from_hf(
@@ -67,10 +67,18 @@ def fill(linear: Linear, quant: QuantSpec, rng: np.random.Generator, layers: int
 def set_random_adapters(model: Decoder, seed: int = 0, kind: Any = jnp.int8) -> None:
     """Replace the adapters of ``model`` by random ternary ones, A and B both, of type ``kind``."""
     rng = np.random.default_rng(seed)
-    for _, linear in linears(model):
-        if linear.ternary is not None:
-            a, b = (jnp.asarray(rng.integers(-1, 2, leaf.shape), kind) for leaf in (linear.ternary.a, linear.ternary.b))
-            linear.adapter = Ternary(dataclasses.replace(linear.ternary, a=a, b=b))
+    for _, linear, pair in adapted_linears(model):
+        a, b = (jnp.asarray(rng.integers(-1, 2, leaf.shape), kind) for leaf in (pair.a, pair.b))
+        linear.adapter = Adapter(dataclasses.replace(pair, a=a, b=b))
+
+
+def set_random_low_rank(model: Decoder, seed: int = 0, size: float = 0.05) -> None:
+    """Replace A and B of LoRA's or QA-LoRA's adapters by normal draws, B of deviation ``size``."""
+    rng = np.random.default_rng(seed)
+    for _, linear, pair in adapted_linears(model):
+        a = jnp.asarray(rng.normal(size=pair.a.shape), jnp.float32)
+        b = jnp.asarray(size * rng.normal(size=pair.b.shape), jnp.float32)
+        linear.adapter = Adapter(dataclasses.replace(pair, a=a, b=b))
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> jax.Array:

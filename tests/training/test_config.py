@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lotaqaf_jax.errors import ConfigError
-from lotaqaf_jax.training import parse_config
+from lotaqaf_jax.training import TrainConfig, parse_config
+from lotaqaf_jax.training import config as config_module
 
 BASE = ["--model", "folder", "--dataset", "rows.jsonl"]
 
 PROMISED = [
+    "method",
     "model",
     "dataset",
     "output_dir",
@@ -24,6 +29,13 @@ PROMISED = [
     "omega",
     "offset",
     "sigma_schedule",
+    "lora_alpha",
+    "learning_rate",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "qalora_pool",
     "target_modules",
     "packing",
     "gradient_checkpointing",
@@ -94,6 +106,13 @@ def test_spellings_of_a_switch(spelling: list[str]) -> None:
         (["--beta", "1"], "beta"),
         (["--float8", "true", "--dtype", "float32"], "float8"),
         (["--save_total_limit", "0"], "save_total_limit"),
+        (["--method", "lora", "--lora_r", "0"], "rank"),
+        (["--method", "lora", "--lora_alpha", "0"], "alpha"),
+        (["--method", "lora", "--learning_rate", "0"], "learning_rate"),
+        (["--method", "lora", "--learning_rate", "nan"], "learning_rate"),
+        (["--method", "qalora", "--max_grad_norm", "-1"], "max_grad_norm"),
+        (["--method", "qalora", "--weight_decay", "-1"], "weight_decay"),
+        (["--method", "qalora", "--warmup_ratio", "1"], "warmup_ratio"),
     ],
 )
 def test_out_of_range_names_the_flag(flags: list[str], names: str) -> None:
@@ -127,9 +146,9 @@ def test_missing_file_model_or_dataset() -> None:
 
 def test_unknown_flag_leaves_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        parse_config([*BASE, "--learning_rate", "1e-4"])
+        parse_config([*BASE, "--learning_pace", "1e-4"])
     assert left.value.code == 2
-    assert "--learning_rate" in capsys.readouterr().err
+    assert "--learning_pace" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,3 +167,55 @@ def test_float8_is_for_hopper_and_16_bits(
 ) -> None:
     monkeypatch.setattr("lotaqaf_jax.training.config.compute_capability", lambda: capability)
     assert parse_config([*BASE, *flags]).takes_float8 is expected
+
+
+@pytest.mark.parametrize("method", ["lota", "lora", "qalora"])
+def test_settings_of_another_method_are_refused_by_name(method: Any, tmp_path: Path) -> None:
+    """Also with the value that they have anyway, in a file, and in Python."""
+    others = {name: only for name, only in config_module._ONLY.items() if method not in only}
+    assert others
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for name, only in others.items():
+        value = {"omega": 3, "float8": "false", "lora_alpha": 8, "learning_rate": 1e-4}.get(name, defaults[name])
+        says = f"--{name}: is a setting of --method {' or '.join(only)}, found with --method {method}"
+        for flags in (["--method", method, f"--{name}", str(value)], [f"--{name}={value}", f"--method={method}"]):
+            with pytest.raises(ConfigError, match=says):
+                parse_config([*BASE, *flags])
+    file = tmp_path / "settings.yaml"
+    name = next(iter(others))
+    file.write_text(f"method: {method}\n{name}: {1 if name == 'lora_alpha' else 0.5}\n")
+    with pytest.raises(ConfigError, match=f"--{name}: is a setting"):
+        parse_config([*BASE, "--config", str(file)])
+    with pytest.raises(ConfigError, match=f"--{name}: is a setting"):
+        TrainConfig(method=method, model="folder", dataset="rows.jsonl", **{name: 0.5})
+
+
+def test_help_says_whose_a_setting_is() -> None:
+    for field in dataclasses.fields(TrainConfig):
+        only = config_module._ONLY.get(field.name)
+        begins = re.match(r"((?:lota|lora|qalora)(?:, (?:lota|lora|qalora))*): ", field.metadata["help"])
+        if field.name != "method":
+            assert (tuple(begins[1].split(", ")) if begins else None) == only, field.name
+
+
+@pytest.mark.parametrize("method", ["lora", "qalora"])
+def test_the_shipped_run_with_a_baseline(method: str) -> None:
+    config = parse_config(["--method", method])
+    assert (config.lora_r, config.max_steps, config.omega) == (32, 60, None)
+    assert config.alpha == 64
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "rate"),
+    [
+        ("folder", "rows.jsonl", 5e-4),
+        ("qwen2.5-14b-gptq", "gsm8k", 5e-4),
+        ("llama-3.3-70b-gptq", "viggo:file.csv", 1e-4),
+        ("llama-3.1-8b-gptq", "alpaca", 1e-5),
+        ("qwen2.5-32b-gptq", "alpaca:file.json", 5e-6),
+    ],
+)
+def test_the_published_learning_rate_goes_by_size_and_data(model: str, dataset: str, rate: float) -> None:
+    flags = ["--method", "lora", "--model", model, "--dataset", dataset]
+    assert parse_config(flags).peak_rate == rate
+    assert parse_config([*flags, "--learning_rate", "3e-3"]).peak_rate == 3e-3

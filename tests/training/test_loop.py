@@ -18,7 +18,7 @@ from flax import nnx
 
 from lotaqaf_jax.data import TrainingData, load_data
 from lotaqaf_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
-from lotaqaf_jax.models import Decoder, Ternary
+from lotaqaf_jax.models import Adapter, Decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.training import Stopped, TrainConfig, train
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
@@ -49,7 +49,7 @@ def run(model: Decoder, config: TrainConfig, **more: Any) -> Decoder:
 
 
 def adapters(model: Decoder) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, Ternary))]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, Adapter))]
 
 
 def comparable(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,138 @@
+"""The methods of ``--method``: which adapters, which optimizer, and how a run says what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from lotaqaf_jax.models import Decoder, add_adapters, add_lora, add_qalora
+from lotaqaf_jax.optim import t_signsgd
+from lotaqaf_jax.training.adamw import adamw, learning_rates
+from lotaqaf_jax.training.config import MethodName, TrainConfig
+
+__all__ = ["METHODS", "Method", "method_of", "summary"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning.
+
+    Attributes:
+        adapt: (model, settings) -> the model with fresh adapters.
+        optimizer: (settings, steps in all) -> the Optax transformation.
+        adapters: (settings) -> what the adapters are, for people.
+        optimization: (settings) -> the same of the optimizer.
+        merges: whether the adapters can be merged into a GPTQ checkpoint.
+        rates: (settings, steps in all) -> the learning rate by the steps done; None where there is no such thing.
+    """
+
+    adapt: Callable[[Decoder, TrainConfig], Decoder]
+    optimizer: Callable[[TrainConfig, int], optax.GradientTransformation]
+    adapters: Callable[[TrainConfig], str]
+    optimization: Callable[[TrainConfig], str]
+    merges: bool = True
+    rates: Callable[[TrainConfig, int], optax.Schedule] | None = None
+
+
+def _add_ternary(model: Decoder, config: TrainConfig) -> Decoder:
+    return add_adapters(
+        model,
+        rank=config.rank,
+        omega=config.omega,
+        offset=config.offset,
+        target_modules=config.target_modules,
+        seed=config.seed,
+        offset_dtype=config.offset_dtype,
+        float8=config.takes_float8,
+    )
+
+
+def _add_lora(model: Decoder, config: TrainConfig) -> Decoder:
+    return add_lora(model, config.rank, config.alpha, config.target_modules, seed=config.seed)
+
+
+def _add_qalora(model: Decoder, config: TrainConfig) -> Decoder:
+    return add_qalora(
+        model,
+        config.rank,
+        config.alpha,
+        config.target_modules,
+        pool=config.qalora_pool,
+        seed=config.seed,
+        offset_dtype=config.offset_dtype,
+    )
+
+
+def _rates(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    return learning_rates(
+        config.peak_rate, total_steps, scheduler=config.lr_scheduler_type, warmup_ratio=config.warmup_ratio
+    )
+
+
+def _adamw(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    rates = _rates(config, total_steps)
+    return adamw(rates, max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay)
+
+
+def _t_signsgd(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    return t_signsgd(total_steps, config.sigma_schedule, beta=config.beta or None, stacked_axes=1)
+
+
+def _about_adamw(config: TrainConfig) -> str:
+    warmup = f" after {config.warmup_ratio:.3g} of the steps" if config.warmup_ratio else ""
+    return (
+        f"AdamW, learning rate {config.peak_rate:g} {config.lr_scheduler_type}{warmup}, gradient norm up to "
+        f"{config.max_grad_norm:g}, weight decay {config.weight_decay:g}"
+    )
+
+
+METHODS: dict[MethodName, Method] = {
+    "lota": Method(
+        adapt=_add_ternary,
+        optimizer=_t_signsgd,
+        adapters=lambda config: (
+            f"rank {config.rank}, omega {config.threshold:g}, offset {config.offset} in {config.offset_dtype}"
+        ),
+        optimization=lambda config: f"t-SignSGD, schedule {config.sigma_schedule}, beta {config.beta:g}",
+    ),
+    "lora": Method(
+        adapt=_add_lora,
+        optimizer=_adamw,
+        adapters=lambda config: f"LoRA of rank {config.rank}, alpha {config.alpha:g}",
+        optimization=_about_adamw,
+        merges=False,
+        rates=_rates,
+    ),
+    "qalora": Method(
+        adapt=_add_qalora,
+        optimizer=_adamw,
+        adapters=lambda config: (
+            f"QA-LoRA of rank {config.rank}, alpha {config.alpha:g}, {config.qalora_pool} over groups, offset in "
+            f"{config.offset_dtype}"
+        ),
+        optimization=_about_adamw,
+        rates=_rates,
+    ),
+}
+
+
+def method_of(config: TrainConfig) -> Method:
+    """The method that a run is of."""
+    return METHODS[config.method]
+
+
+def summary(config: TrainConfig, steps: int) -> str:
+    """The settings that matter most, as lines to print; ``steps`` are those of ``num_train_epochs``."""
+    steps = config.max_steps if config.max_steps > 0 else steps
+    method = method_of(config)
+    return (
+        f"model        {config.model}\n"
+        f"adapters     {method.adapters(config)}, on {' '.join(config.target_modules)}\n"
+        f"optimizer    {method.optimization(config)}, {steps} steps of {config.train_batch_size} rows, "
+        f"seed {config.seed}\n"
+        f"computed in  {jnp.dtype(config.compute_dtype).name}"
+        f"{', gradients of the weights from float8' if config.takes_float8 else ''}"
+    )
