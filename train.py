@@ -101,9 +101,7 @@ def run(config: TrainConfig) -> None:
     if method.merges:
         print(f"merged model           {output / 'merged'}")
     else:
-        print(
-            "merged model           none: on the grid of the integers LoRA would be rounded; serve it beside the base"
-        )
+        print("merged model           none: the grid of the integers would round a LoRA; load it beside the base")
     print(f"log and plot           {output / 'trainer_log.jsonl'}, {output / 'training_loss.png'}")
     print(f"time                   {time.perf_counter() - started:.0f} s")
 
