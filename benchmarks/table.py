@@ -1,0 +1,182 @@
+"""The paper's table in miniature: every row of docs/results.md, from 16-bit models to Markdown and plots.
+
+    python benchmarks/table.py --data ../shared/data --output runs/table [--jobs 8] [--sources base14m] [--minutes 20]
+
+Quantises the models, tunes the baselines' learning rate on validation rows, runs every cell with three seeds by
+train.py, measures tasks by evaluate.py, and writes results.jsonl, table.md and plots into --output. A cell that is in
+results.jsonl already is not run again, so an interrupted table goes on with the same command. --jobs processes share
+the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the card
+
+from table_plan import BITS, SOURCES, TASKS, Run, main_runs, prepare, quantized_folder, tuning_runs
+from table_report import best_rates, write_report
+from tqdm import tqdm
+
+CALIBRATION = ("--samples", "256", "--length", "256", "--asym")
+
+
+def main() -> None:
+    """Quantise, tune, run, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder with models and datasets")
+    parser.add_argument("--output", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--report", action="store_true", help="only write table and plots of what is there")
+    options = parser.parse_args()
+    options.end = time.monotonic() + 60 * options.minutes
+    root, results = options.output, options.output / "results.jsonl"
+    root.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / options.jobs:.3f}")
+        prepare(options.data, root / "data")
+        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            runs = _of_tasks(tuning_runs(options.sources), options.tasks)
+            todo = [run for run in runs if run.name not in read_results(results)]
+            models = {quantized_folder(root, run): run for run in _every_cell(options) if run.bits != 16}
+            for done in as_completed(pool.submit(quantize, run, root, options.data) for run in models.values()):
+                done.result()
+            execute(pool, todo, options, "tuning")
+            rates = best_rates(read_results(results).values())
+            runs = _of_tasks(main_runs(options.sources, rates), options.tasks)
+            execute(pool, [run for run in runs if run.name not in read_results(results)], options, "table")
+    write_report(list(read_results(results).values()), root)
+    print((root / "table.md").read_text(encoding="utf-8"))
+
+
+def _of_tasks(runs: Iterable[Run], tasks: Sequence[str]) -> list[Run]:
+    return [run for run in runs if run.task in tasks]
+
+
+def _every_cell(options: argparse.Namespace) -> list[Run]:
+    """A run of every quantised model."""
+    sources = [SOURCES[name] for name in options.sources]
+    return [
+        Run(source.name, bits, group_size, source.tasks[0], "none", 0)
+        for source in sources
+        for bits in BITS
+        for group_size in source.groups
+    ]
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Results by the name of the run."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line["name"]: line for line in lines}
+
+
+def execute(pool: ProcessPoolExecutor, runs: Sequence[Run], options: argparse.Namespace, title: str) -> None:
+    """Run all, and append each result as it comes."""
+    started = [pool.submit(run_one, run, options.output, options.data, options.end) for run in runs]
+    with (options.output / "results.jsonl").open("a", encoding="utf-8") as file:
+        for done in tqdm(as_completed(started), total=len(started), desc=title):
+            result = done.result()
+            if result is not None:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+
+
+def quantize(run: Run, root: Path, data: Path) -> None:
+    """Make the quantised model of a run, once: asymmetric, calibrated on the text that the plan names."""
+    import convert.__main__ as convert
+
+    folder = quantized_folder(root, run)
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = SOURCES[run.source]
+    text = data / source.calibration if "/" in source.calibration else root / "data" / source.calibration
+    flags = ["--model", str(data / source.folder), "--calibration", str(text), *CALIBRATION]
+    flags += ["--bits", str(run.bits), "--group_size", str(run.group_size), "--output", str(folder)]
+    log = (root / "models" / f"{folder.name}.log").open("w", encoding="utf-8")
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        status = convert.main(["quantize", *flags])
+    if status:
+        raise RuntimeError(f"{folder}: quantising ended with status {status}, see {folder}.log")
+
+
+def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | None:
+    """One run and its result; None where it failed, or where it is too late to begin."""
+    if time.monotonic() > end:
+        return None
+    import evaluate
+    import train
+
+    folder = root / "runs" / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flags, started = run.flags(root, data), time.perf_counter()
+    log = folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            status = train.main(flags)
+            seconds = time.perf_counter() - started
+            if not status and TASKS[run.task].rule:
+                status = evaluate.main(_measure_flags(run, root, folder))
+        except Exception:  # the others go on
+            traceback.print_exc()
+            status = 1
+    if status:
+        print(f"{run.name} failed with status {status}, see {log}", file=sys.stderr)
+        return None
+    result = {"name": run.name, **vars(run), "command": ["train.py", *flags], "seconds": seconds, **read_run(folder)}
+    shutil.rmtree(folder)
+    return result
+
+
+def _measure_flags(run: Run, root: Path, folder: Path) -> list[str]:
+    """Of evaluate.py: the merged folder where there is one, else the base with its adapter."""
+    flags = run.flags(root, root)
+    merged = folder / "merged"
+    model = (
+        [str(merged)] if merged.exists() else [flags[flags.index("--model") + 1], "--adapter", str(folder / "adapter")]
+    )
+    task = flags[flags.index("--eval_dataset") + 1]
+    return ["--model", *model, "--tasks", task, "--batch_size", "64", "--output", str(folder / "evaluation.json")]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run left: the looks before and after, what moved, and the size of what was written."""
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    looks = [line for line in lines if "eval_loss" in line]
+    last = [line for line in lines if "loss" in line][-1]
+    found = {"before": _numbers(looks[0]), "after": _numbers(looks[-1])}
+    found |= {name: last[name] for name in ("moved", "mean_abs_mu", "tokens_per_second") if name in last}
+    if (folder / "evaluation.json").exists():
+        record = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        found["exact_match"] = record["results"][0]["measures"]["exact_match"]
+    if (folder / "merged").exists():
+        found["merged_bytes"] = sum(file.stat().st_size for file in (folder / "merged").glob("**/*.safetensors"))
+    return found
+
+
+def _numbers(look: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("eval_"): value for name, value in look.items() if name.startswith("eval_")}
+
+
+if __name__ == "__main__":
+    main()

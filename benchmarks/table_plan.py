@@ -1,0 +1,228 @@
+"""What the table of docs/results.md is made of: models, tasks, rows, and the runs that they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RATES", "ROWS", "SOURCES", "TASKS", "Row", "Run", "Source", "Task", "main_runs", "prepare", "tuning_runs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A 16-bit model.
+
+    Attributes:
+        name: for files and tables.
+        folder: below the data.
+        calibration: the text it is quantised with, a file below the data, or without a folder of :func:`prepare`.
+        groups: group sizes it is quantised with; the baselines' learning rate is tuned at the first.
+        tasks: names of :data:`TASKS`.
+    """
+
+    name: str
+    folder: str
+    calibration: str
+    groups: tuple[int, ...]
+    tasks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a model is fine-tuned on.
+
+    Attributes:
+        name: for files and tables.
+        flags: of train.py.
+        rule: the task of evaluate.py that compares texts; None where only the held-out loss counts.
+        omega: the published threshold, as a share of the rank.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    rule: str | None = None
+    omega: float = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to fine-tune.
+
+    Attributes:
+        title: as the table says it.
+        flags: of train.py, for a task and a rank.
+        tuned: whether its learning rate is tuned on validation rows.
+        dense: whether the model is the 16-bit one.
+    """
+
+    title: str
+    flags: tuple[str, ...]
+    tuned: bool = False
+    dense: bool = False
+
+
+RANK = 64
+BITS = (4, 3, 2)
+SEEDS = (0, 1, 2)
+SOURCES = {
+    "babyllama105": Source("babyllama105", "checkpoints/babyllama105", "stories_train.jsonl", (32,), ("stories",)),
+    "base14m": Source(
+        "base14m",
+        "checkpoints/base14m-qwen2",
+        "text/c4_demo.jsonl.gz",
+        (64, 32),
+        ("stories", "viggo", "sql", "gsm8k"),
+    ),
+}
+_BATCH = ("--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "1")
+TASKS = {
+    "stories": Task("stories", (*_BATCH, "--max_steps", "300", "--max_seq_length", "256")),
+    "viggo": Task("viggo", (*_BATCH, "--num_train_epochs", "6"), "viggo", omega=0.875),
+    "sql": Task("sql", (*_BATCH, "--num_train_epochs", "1"), "sql"),
+    "gsm8k": Task("gsm8k", (*_BATCH, "--num_train_epochs", "3", "--max_seq_length", "512"), "gsm8k"),
+}
+_ADAMW = ("--lr_scheduler_type", "cosine", "--lora_r")
+RECOMMENDED = ("--omega", "12", "--beta", "0.9")
+ROWS = {
+    "lora16": Row("16 bit + LoRA", ("--method", "lora", *_ADAMW, "16"), tuned=True, dense=True),
+    "lora": Row("GPTQ + LoRA", ("--method", "lora", *_ADAMW, "16"), tuned=True),
+    "qalora": Row("QA-LoRA", ("--method", "qalora", *_ADAMW, "16"), tuned=True),
+    "published": Row("LoTA-QAF, as published", ("--offset", "reference")),
+    "reference": Row("LoTA-QAF, reference offset", (*RECOMMENDED, "--offset", "reference")),
+    "paper": Row("LoTA-QAF, paper offset", (*RECOMMENDED, "--offset", "paper")),
+    "none": Row("LoTA-QAF, no offset", (*RECOMMENDED, "--offset", "none")),
+}
+RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "qalora": (2e-3, 5e-3, 1e-2, 2e-2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of train.py: ``split`` is what it is measured on, ``rate`` a learning rate, bits 16 the dense model."""
+
+    source: str
+    bits: int
+    group_size: int
+    task: str
+    row: str
+    seed: int
+    split: str = "test"
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder; different for different runs."""
+        rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        return f"{self.source}-b{self.bits}g{self.group_size}-{self.task}-{self.row}{rate}-s{self.seed}-{self.split}"
+
+    def flags(self, root: Path, data: Path) -> list[str]:
+        """The command line of train.py.
+
+        Args:
+            root: of the quantised models, the split data, and the results.
+            data: of the 16-bit models.
+        """
+        task, row = TASKS[self.task], ROWS[self.row]
+        model = data / SOURCES[self.source].folder if row.dense else quantized_folder(root, self)
+        files = root / "data"
+        flags = ["--model", str(model), "--dataset", _named(task, files / f"{task.name}_train.jsonl")]
+        flags += ["--eval_dataset", _named(task, files / f"{task.name}_{self.split}.jsonl"), *task.flags, *row.flags]
+        if self.row == "published":
+            flags += ["--omega", f"{task.omega * RANK:g}"]
+        if "--lora_r" not in row.flags:
+            flags += ["--lora_r", str(RANK)]
+        if self.rate is not None:
+            flags += ["--learning_rate", f"{self.rate:g}"]
+        return [*flags, "--seed", str(self.seed), "--output_dir", str(root / "runs" / self.name)]
+
+
+def quantized_folder(root: Path, run: Run) -> Path:
+    """Where the quantised model of a run lies."""
+    return root / "models" / f"{run.source}-w{run.bits}g{run.group_size}"
+
+
+def _named(task: Task, file: Path) -> str:
+    return str(file) if task.rule is None else f"{task.rule}:{file}"
+
+
+def _cells(sources: Sequence[str], groups: bool = True) -> Iterator[tuple[Source, int, int, str]]:
+    """(source, bits, group size, task), the first group size of all bits and tasks before the others."""
+    for name in sources:
+        source = SOURCES[name]
+        for group_size in source.groups if groups else source.groups[:1]:
+            for task in source.tasks:
+                for bits in BITS:
+                    yield source, bits, group_size, task
+
+
+def tuning_runs(sources: Sequence[str]) -> list[Run]:
+    """The baselines at every learning rate, one seed, measured on validation rows."""
+    runs = []
+    for source, bits, group_size, task in _cells(sources, groups=False):
+        for name, row in ROWS.items():
+            if row.tuned and not (row.dense and bits != BITS[0]):
+                place = (16, 0) if row.dense else (bits, group_size)
+                rates = RATES["qalora" if name == "qalora" else "lora"]
+                runs += [Run(source.name, *place, task, name, 0, "validation", rate) for rate in rates]
+    return runs
+
+
+def main_runs(sources: Sequence[str], rates: dict[tuple[str, int, str, str], float]) -> list[Run]:
+    """Every cell of the table, seed by seed.
+
+    Args:
+        sources: names of :data:`SOURCES`.
+        rates: the tuned learning rates by (source, bits, task, row); a group size takes those of the first.
+    """
+    runs = []
+    for seed in SEEDS:
+        for source, bits, group_size, task in _cells(sources):
+            for name, row in ROWS.items():
+                first = bits == BITS[0] and group_size == source.groups[0]
+                if row.dense and not first:
+                    continue
+                place = (16, 0) if row.dense else (bits, group_size)
+                rate = rates.get((source.name, place[0], task, name)) if row.tuned else None
+                if row.tuned and rate is None:
+                    continue  # not tuned yet
+                runs.append(Run(source.name, *place, task, name, seed, "test", rate))
+    return runs
+
+
+def prepare(data: Path, files: Path) -> None:
+    """Cut the data into train, validation and test rows, below ``files``.
+
+    Stories: rows 0-299 test, 300-599 validation, the others training, newlines made spaces (a character model has
+    none). ViGGO: its own three parts. SQL: the official 1,000 rows test; of the training rows the last 500 are
+    validation. GSM8K: its own test rows; of the training rows the last 473 are validation.
+    """
+    files.mkdir(parents=True, exist_ok=True)
+    stories = [
+        {"text": row["text"].replace("\n", " ")} for row in _json_rows(data / "text/tinystories_sample.jsonl.gz")
+    ]
+    sql, gsm8k = _json_rows(data / "sql/train.jsonl.gz"), _json_rows(data / "gsm8k/train.jsonl.gz")
+    parts = {
+        "stories": (stories[600:], stories[300:600], stories[:300]),
+        "viggo": tuple(_csv_rows(data / f"viggo/{split}.csv.gz") for split in ("train", "valid", "test")),
+        "sql": (sql[:-500], sql[-500:], _json_rows(data / "sql/valid.jsonl.gz")),
+        "gsm8k": (gsm8k[:-473], gsm8k[-473:], _json_rows(data / "gsm8k/test.jsonl.gz")),
+    }
+    for task, rows in parts.items():
+        for split, part in zip(("train", "validation", "test"), rows, strict=True):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (files / f"{task}_{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    import csv
+
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,156 @@
+"""From results to the table of docs/results.md and its plots."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from table_plan import BITS, ROWS, SOURCES, TASKS
+
+__all__ = ["best_rates", "write_report"]
+
+Result = dict[str, Any]
+
+
+def best_rates(results: Iterable[Result]) -> dict[tuple[str, int, str, str], float]:
+    """The learning rate with the lowest validation loss, by (source, bits, task, row)."""
+    found: dict[tuple[str, int, str, str], tuple[float, float]] = {}
+    for result in results:
+        if result["split"] == "validation":
+            key = (result["source"], result["bits"], result["task"], result["row"])
+            loss = result["after"]["loss"]
+            here = (loss if math.isfinite(loss) else math.inf, result["rate"])
+            found[key] = min(found.get(key, here), here)
+    return {key: rate for key, (_, rate) in found.items()}
+
+
+def write_report(results: Sequence[Result], root: Path) -> None:
+    """Write table.md, and a plot for each model and task."""
+    tested = [result for result in results if result["split"] == "test"]
+    parts = ["<!-- written by benchmarks/table.py -->\n"]
+    for source in SOURCES.values():
+        for task in source.tasks:
+            here = [result for result in tested if (result["source"], result["task"]) == (source.name, task)]
+            if not here:
+                continue
+            for title, value in _measures(task):
+                parts.append(f"\n**{source.name}, {task}: {title}** (mean ± standard deviation of the seeds)\n\n")
+                parts.append(_table(here, source.groups, value))
+            parts.append(f"\n{source.name}, {task}: what the runs came to\n\n{_details(here)}")
+            _plot(here, source.name, task, source.groups[0], root / f"{source.name}_{task}.png")
+    rates = best_rates(results)
+    if rates:
+        parts.append("\nLearning rates, tuned on validation rows: ")
+        parts.append("; ".join(f"{' '.join(map(str, key))}: {rate:g}" for key, rate in sorted(rates.items())) + "\n")
+    (root / "table.md").write_text("".join(parts), encoding="utf-8")
+
+
+Value = Callable[[Result, str], float | None]
+
+
+def _loss(result: Result, when: str) -> float | None:
+    return result[when]["loss"]
+
+
+def _match(result: Result, when: str) -> float | None:
+    if when == "after" and "exact_match" in result:
+        return 100 * result["exact_match"]["value"]
+    return 100 * result[when]["exact_match"]
+
+
+def _measures(task: str) -> list[tuple[str, Value]]:
+    loss: tuple[str, Value] = ("held-out loss in nats per token", _loss)
+    return [loss] if TASKS[task].rule is None else [("exact match in percent", _match), loss]
+
+
+def _table(results: Sequence[Result], groups: Sequence[int], value: Value) -> str:
+    """Rows by columns of bits and groups."""
+    columns = [(bits, group_size) for group_size in groups for bits in BITS]
+    lines = [["", *(f"{bits} bit, g{group_size}" for bits, group_size in columns)]]
+    dense = [result for result in results if result["bits"] == 16]
+    digits = 1 if value is _match else 4
+    lines.append(["16 bit", *[_mean(dense, value, "before", digits)] * len(columns)])
+    cells = collections.defaultdict(list)
+    for result in results:
+        cells[result["row"], result["bits"], result["group_size"]].append(result)
+    first = [[r for (_, b, g), found in cells.items() if (b, g) == column for r in found] for column in columns]
+    lines.append(["GPTQ", *(_mean(found[:1], value, "before", digits) for found in first)])
+    for name, row in ROWS.items():
+        found = [cells[name, *((16, 0) if row.dense else column)] for column in columns]
+        if any(found):
+            lines.append([row.title, *(_mean(one, value, "after", digits) for one in found)])
+    rule = ["---"] * len(lines[0])
+    return "".join("| " + " | ".join(line) + " |\n" for line in [lines[0], rule, *lines[1:]])
+
+
+def _mean(results: Sequence[Result], value: Value, when: str, digits: int) -> str:
+    numbers = [number for result in results if (number := value(result, when)) is not None]
+    if not numbers:
+        return ""
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return mean if len(numbers) < 2 or when == "before" else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def _details(results: Sequence[Result]) -> str:
+    """Share moved, mean |mu|, time, size: medians over the seeds."""
+    lines = [
+        "| | bits | group | integers moved | mean abs mu | time | tokens/s | merged size | runs |\n",
+        "|---" * 9 + "|\n",
+    ]
+    cells = collections.defaultdict(list)
+    for result in results:
+        cells[result["row"], result["bits"], result["group_size"]].append(result)
+    for name, row in ROWS.items():
+        for (other, bits, group_size), found in cells.items():
+            if other != name:
+                continue
+
+            def middle(key: str, form: str, found: Sequence[Result] = found) -> str:
+                numbers = [result[key] for result in found if result.get(key) is not None]
+                return format(statistics.median(numbers), form) if numbers else ""
+
+            size = middle("merged_bytes", ".0f")
+            cellist = [
+                row.title,
+                str(bits),
+                str(group_size or ""),
+                middle("moved", ".2%"),
+                middle("mean_abs_mu", ".3f"),
+            ]
+            cellist += [middle("seconds", ".0f") + " s", middle("tokens_per_second", ",.0f")]
+            cellist += [f"{int(size) / 1e6:.2f} MB" if size else "", str(len(found))]
+            lines.append("| " + " | ".join(cellist) + " |\n")
+    return "".join(lines)
+
+
+def _plot(results: Sequence[Result], source: str, task: str, group_size: int, path: Path) -> None:
+    """Every seed of every row over the bits, the mean as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    title, value = _measures(task)[0]
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, row in ROWS.items():
+        points = collections.defaultdict(list)
+        for result in results:
+            if result["row"] == name and result["group_size"] == group_size:
+                points[result["bits"]].append(value(result, "after"))
+        if points:
+            bits = sorted(points)
+            (line,) = axes.plot(bits, [statistics.fmean(points[b]) for b in bits], label=row.title)
+            axes.scatter(
+                [b for b in bits for _ in points[b]], [y for b in bits for y in points[b]], color=line.get_color()
+            )
+    dense = [number for r in results if r["bits"] == 16 if (number := value(r, "before")) is not None]
+    if dense:
+        axes.axhline(statistics.fmean(dense), color="gray", linestyle="--", label="16 bit")
+    axes.set(xlabel="bits", ylabel=title, xticks=sorted(BITS), title=f"{source}, {task}, group {group_size}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

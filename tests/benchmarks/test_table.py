@@ -1,0 +1,103 @@
+"""The table of docs/results.md: its plan, the choice of learning rates, and what is made of results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lotaqaf_jax.training import parse_config
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def result_of(run: Any, loss: float, **more: Any) -> dict[str, Any]:
+    look = {"loss": loss, "exact_match": 0.25}
+    return {"name": run.name, **vars(run), "before": {"loss": 2.0, "exact_match": 0.0}, "after": look, **more}
+
+
+def test_runs_have_names_of_their_own_and_flags_that_train_py_takes(tmp_path: Path) -> None:
+    plan = importlib.import_module("table_plan")
+    tuning = plan.tuning_runs(list(plan.SOURCES))
+    rates = {(run.source, run.bits, run.task, run.row): 1e-3 for run in tuning}
+    runs = tuning + plan.main_runs(list(plan.SOURCES), rates)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        config = parse_config(run.flags(tmp_path, tmp_path))
+        assert config.method == {"lora16": "lora", "lora": "lora", "qalora": "qalora"}.get(run.row, "lota")
+        assert config.train_batch_size == 64
+        assert config.eval_dataset is not None
+        assert f"{run.task}_{run.split}.jsonl" in config.eval_dataset
+        assert (config.learning_rate is not None) == plan.ROWS[run.row].tuned
+        if run.row == "published":
+            assert config.threshold == {"viggo": 56}.get(run.task, 48)
+    assert {run.seed for run in runs if run.split == "test"} == {0, 1, 2}
+    assert all(run.split == "test" or run.seed == 0 for run in runs)
+
+
+def test_a_learning_rate_is_chosen_by_the_validation_loss_alone() -> None:
+    plan, report = (importlib.import_module(name) for name in ("table_plan", "table_report"))
+    losses = {1e-3: 0.9, 2e-3: 0.8, 4e-3: float("nan")}
+    results = [result_of(plan.Run("base14m", 4, 64, "sql", "lora", 0, "validation", r), x) for r, x in losses.items()]
+    results.append(result_of(plan.Run("base14m", 4, 64, "sql", "lora", 0, "test", 1e-3), 0.1))
+    assert report.best_rates(results) == {("base14m", 4, "sql", "lora"): 2e-3}
+    chosen = plan.main_runs(["base14m"], report.best_rates(results))
+    assert {run.rate for run in chosen if (run.row, run.task, run.bits) == ("lora", "sql", 4)} == {2e-3}
+    assert not [run for run in chosen if run.row == "lora" and run.bits == 3]
+
+
+def test_the_report_has_means_and_deviations_of_the_seeds(tmp_path: Path) -> None:
+    plan, report = (importlib.import_module(name) for name in ("table_plan", "table_report"))
+    results = [
+        result_of(plan.Run("babyllama105", 3, 32, "stories", "none", seed), loss, moved=0.025, seconds=12.0)
+        for seed, loss in enumerate((0.80, 0.82, 0.84))
+    ]
+    report.write_report(results, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "| GPTQ |  | 2.0000 |  |" in lines
+    assert "| LoTA-QAF, no offset |  | 0.8200 ± 0.0200 |  |" in lines
+    assert any(line.startswith("| LoTA-QAF, no offset | 3 | 32 | 2.50% |") and line.endswith("| 3 |") for line in lines)
+    assert (tmp_path / "babyllama105_stories.png").stat().st_size > 1000
+
+
+def test_a_finished_run_is_read_and_a_failed_one_leaves_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, plan = importlib.import_module("table"), importlib.import_module("table_plan")
+    import train
+
+    def run_of(flags: list[str]) -> int:
+        folder = Path(flags[flags.index("--output_dir") + 1])
+        (folder / "merged").mkdir(parents=True)
+        (folder / "merged" / "model.safetensors").write_bytes(b"12345")
+        lines = [{"eval_loss": 2.0, "eval_exact_match": 0.0}, {"loss": 1.0, "moved": 0.01}, {"eval_loss": 0.5}]
+        (folder / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+    monkeypatch.setattr(train, "main", run_of)
+    run = plan.Run("babyllama105", 3, 32, "stories", "none", 0)
+    result = table.run_one(run, tmp_path, tmp_path, float("inf"))
+    assert (result["before"]["loss"], result["after"], result["moved"]) == (2.0, {"loss": 0.5}, 0.01)
+    assert result["merged_bytes"] == 5
+    assert json.loads(json.dumps(result))["name"] == run.name
+    assert table.run_one(run, tmp_path, tmp_path, 0.0) is None
+
+    monkeypatch.setattr(train, "main", lambda flags: 2)
+    assert table.run_one(run, tmp_path, tmp_path, float("inf")) is None
+    assert "failed with status 2" in capsys.readouterr().err
