@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.writing import new_folder, write_safetensors
+from convert.writing import TensorFile, new_folder, write_safetensors
 from lotaqaf_jax.errors import ConfigError, OutputError
 from lotaqaf_jax.quant.folder import read_header
 
@@ -130,6 +131,29 @@ def test_safetensors_are_those_of_the_library(
             np.testing.assert_array_equal(file.get_tensor(name).float().numpy(), array.astype(np.float32))
     for entry in read_header(path).values():
         assert entry.start % entry.dtype.itemsize == 0
+
+
+def test_tensors_may_come_in_any_order_but_all_must_come(tmp_path: Path) -> None:
+    arrays = {
+        "b": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "a": np.arange(5, dtype=np.int8),
+        "c": np.float16([1, 2]),
+    }
+    tensors = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    write_safetensors(tmp_path / "in order", tensors, arrays.__getitem__)
+    for order in itertools.permutations(arrays):
+        with TensorFile(tmp_path / "x", tensors) as file:
+            for name in order:
+                file.write(name, arrays[name])
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "in order").read_bytes()
+    with (
+        pytest.raises(ValueError, match="1 tensors were not written, the first a"),
+        TensorFile(tmp_path / "y", tensors) as file,
+    ):
+        file.write("b", arrays["b"])
+        file.write("c", arrays["c"])
+    with pytest.raises(KeyboardInterrupt), TensorFile(tmp_path / "z", tensors):  # not hidden by what is missing
+        raise KeyboardInterrupt
 
 
 def test_safetensors_hold_what_was_announced(tmp_path: Path) -> None:
