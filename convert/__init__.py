@@ -1,6 +1,7 @@
-"""Conversion: GPTQ in, GPTQ out, adapters and offsets beside, and the proof that nothing else changed.
+"""Conversion: 16-bit to GPTQ, GPTQ in, GPTQ out, adapters and offsets beside, and the proof that nothing else changed.
 
 >>> import convert
+>>> convert.quantize("folder/of/16/bits", "folder/of/the/base", calibration="text.jsonl")  # doctest: +SKIP
 >>> convert.save_pretrained(merged, "output/merged", base="folder/of/the/base")  # doctest: +SKIP
 """
 
@@ -10,12 +11,15 @@ from convert.gptq import export_gptq
 from convert.hf import write_checkpoint
 from convert.imported import import_checkpoint, load_imported
 from convert.merged import load_merged
+from convert.quantize import LayerError, QuantizeReport, quantize
 from convert.save import TARGETS, merge_and_save, save_pretrained
 from convert.verify import ModuleReport, Report, verify
 
 __all__ = [
     "TARGETS",
+    "LayerError",
     "ModuleReport",
+    "QuantizeReport",
     "Report",
     "export_gptq",
     "fingerprint",
@@ -24,6 +28,7 @@ __all__ = [
     "load_imported",
     "load_merged",
     "merge_and_save",
+    "quantize",
     "save_adapter",
     "save_pretrained",
     "verify",

@@ -1,4 +1,4 @@
-"""``python -m convert``: import, merge, export and verify from the shell."""
+"""``python -m convert``: quantize, import, merge, export and verify from the shell."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Bring GPTQ checkpoints in, merge adapters into them, write them back and prove that nothing else "
-        "changed. Leaves with status 0 when all went well, 2 when the input or a check is bad, 130 when interrupted.",
+        description="Quantise 16-bit checkpoints, bring GPTQ checkpoints in, merge adapters into them, write them back "
+        "and prove that nothing else changed. Leaves with status 0 when all went well, 2 when the input or a check is "
+        "bad, 130 when interrupted.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser(
+        "quantize", help="16-bit folder -> GPTQ folder", description=quantize_command.__doc__
+    )
+    _quantize(quantize)
 
     merge = commands.add_parser(
         "merge",
@@ -71,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _output(imported)
 
     for command, run in (
+        (quantize, quantize_command),
         (merge, merge_command),
         (export, export_command),
         (verify, verify_command),
@@ -79,6 +86,68 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--quiet", action="store_true", help="show no progress bars (default: show them)")
         command.set_defaults(run=run)
     return parser
+
+
+def _quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", required=True, metavar="FOLDER", help="16-bit model: a folder or a hub name (required)"
+    )
+    command.add_argument(
+        "--calibration",
+        required=True,
+        metavar="FILE",
+        help="text that the model's inputs are taken from: .txt, .jsonl with a column `text`, or any dataset that "
+        "train.py reads, each also .gz (required)",
+    )
+    _output(command)
+    command.add_argument("--bits", type=int, default=4, metavar="N", help="2, 3, 4 or 8 (default: 4)")
+    command.add_argument(
+        "--group_size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="input rows with a common scale and zero point, -1 for all (default: 64)",
+    )
+    symmetry = command.add_mutually_exclusive_group()
+    symmetry.add_argument("--sym", action="store_true", help="zero points in the middle (default: --asym)")
+    symmetry.add_argument("--asym", action="store_false", dest="sym", help="zero points for each group (default)")
+    command.add_argument(
+        "--desc_act",
+        action="store_true",
+        help="act-order: rows by the size of their inputs, groups scattered (default: no)",
+    )
+    command.add_argument(
+        "--act_group_aware",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="without --desc_act: act-order that keeps groups whole (default: yes)",
+    )
+    command.add_argument(
+        "--damp_percent",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="added to a Hessian's diagonal, as a share of its mean (default: 0.05)",
+    )
+    command.add_argument(
+        "--grid_search",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="narrow the range of a group where that lowers its error (default: yes)",
+    )
+    command.add_argument(
+        "--checkpoint_format",
+        metavar="NAME",
+        help="how zero points are stored: gptq or gptq_v2 (default: gptq with --sym, else gptq_v2)",
+    )
+    command.add_argument("--samples", type=int, default=256, metavar="N", help="of calibration text (default: 256)")
+    command.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens of a sample (default: 2048, or as many positions as the model has)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="which text is taken (default: 0)")
 
 
 def _model(command: argparse.ArgumentParser) -> None:
@@ -105,6 +174,33 @@ def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--report", type=Path, metavar="FILE", help="write the report as JSON to this file (default: print it only)"
     )
+
+
+def quantize_command(args: argparse.Namespace) -> None:
+    """Quantise a 16-bit Llama or Qwen2 model with GPTQ, block by block: the model need not fit the device. Embedding,
+    norms, biases and head stay as they are, and so do tokenizer and generation files."""
+    from convert.quantize import quantize
+
+    report = quantize(
+        args.model,
+        args.output,
+        calibration=args.calibration,
+        bits=args.bits,
+        group_size=args.group_size,
+        sym=args.sym,
+        desc_act=args.desc_act,
+        act_group_aware=args.act_group_aware,
+        damp_percent=args.damp_percent,
+        grid_search=args.grid_search,
+        checkpoint_format=args.checkpoint_format,
+        samples=args.samples,
+        length=args.length,
+        seed=args.seed,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    print(report)
+    print(f"quantised model written to {args.output}")
 
 
 def merge_command(args: argparse.Namespace) -> None:

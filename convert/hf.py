@@ -26,7 +26,14 @@ SHARD_BYTES = 5 * 10**9
 # What goes with the weights: configs, tokenizer, chat template, code, licences. Everything else (weights in other
 # formats, optimizer states, caches, the card of the model that it was) stays behind.
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_LEFT_BEHIND = ("*.index.json", "trainer_state.json", "adapter_config.json", "manifest.json", "all_results.json")
+_LEFT_BEHIND = (
+    "*.index.json",
+    "trainer_state.json",
+    "adapter_config.json",
+    "manifest.json",
+    "all_results.json",
+    "quantize_log.json",
+)
 
 
 def copy_companions(source: Path, folder: Path, *, skip: tuple[str, ...] = ()) -> list[Path]:

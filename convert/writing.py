@@ -16,7 +16,7 @@ import numpy as np
 
 from lotaqaf_jax.errors import ConfigError, OutputError
 
-__all__ = ["SAFETENSORS_TYPES", "new_folder", "write_json", "write_safetensors"]
+__all__ = ["SAFETENSORS_TYPES", "TensorFile", "new_folder", "write_json", "write_safetensors"]
 
 # What a folder that this package writes always holds one of. Only such a folder is ever replaced.
 _OURS = ("config.json", "adapter_config.json", "manifest.json")
@@ -155,42 +155,84 @@ def write_json(path: Path, value: Mapping[str, Any], indent: int | str = 2) -> N
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+class TensorFile:
+    """A safetensors file that is filled one tensor at a time, in any order, so that the host need not hold several.
+
+    A context manager; leaving it without an error checks that every tensor was written.
+
+    Source: the safetensors format: 8 bytes of header length, a JSON header, the data. The library's own writer holds
+    all tensors of a file at once, and from numpy it does not take bfloat16.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make the file at its full size, with its header.
+
+        Args:
+            path: the file.
+            tensors: type and shape by name. As in the files of the safetensors library, those with wide types come
+                first, so that every tensor is aligned.
+            metadata: strings for the header.
+        """
+        self.names = tuple(sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name)))
+        self._tensors = {name: (np.dtype(tensors[name][0]), tensors[name][1]) for name in self.names}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        starts, end = {}, 0
+        for name, (dtype, shape) in self._tensors.items():
+            starts[name], end = end, end + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+            offsets = [starts[name], end]
+            header[name] = {"dtype": SAFETENSORS_TYPES[dtype.name], "shape": list(shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
+        self._missing = set(self.names)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(8 + len(text) + end)
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Put a tensor in its place.
+
+        Raises:
+            ValueError: the array is not what the header says.
+        """
+        dtype, shape = self._tensors[name]
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"{name}: found {array.dtype} {array.shape}, expected {dtype} {shape}")
+        self._file.seek(self._starts[name])
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._missing.discard(name)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were not written, the first {min(self._missing)}")
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file one tensor at a time, so that the host never holds more than one.
+    """Write a safetensors file one tensor at a time, in the order of the file.
 
     Args:
         path: the file.
-        tensors: type and shape by name. As in the files of the safetensors library, those with wide types come first,
-            so that every tensor is aligned.
+        tensors: type and shape by name.
         read: gives the array of a name.
         metadata: strings for the header.
 
     Raises:
         ValueError: an array is not what ``tensors`` says.
-
-    Source: the safetensors format: 8 bytes of header length, a JSON header, the data. The library's own writer holds
-    all tensors of a file at once, and from numpy it does not take bfloat16.
     """
-    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in order:
-        dtype, shape = np.dtype(tensors[name][0]), tensors[name][1]
-        start, end = end, end + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": SAFETENSORS_TYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in order:
-            dtype, shape = np.dtype(tensors[name][0]), tensors[name][1]
-            array = read(name)
-            if array.dtype != dtype or array.shape != shape:
-                raise ValueError(f"{name}: found {array.dtype} {array.shape}, expected {dtype} {shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    with TensorFile(path, tensors, metadata) as file:
+        for name in file.names:
+            file.write(name, read(name))

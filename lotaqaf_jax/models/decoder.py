@@ -143,6 +143,14 @@ class Block(nnx.Module):
         x, update, kept = self._halves(x, self.input_layernorm(x), attend)
         return x + update, kept
 
+    def attention_half(self, x: jax.Array, attend: Attend) -> jax.Array:
+        """x + attention(norm(x)), (batch, length, hidden): the first half of a call, for who looks into a block."""
+        return x + self.self_attn(self.input_layernorm(x), attend)[0]
+
+    def mlp_half(self, x: jax.Array) -> jax.Array:
+        """x + mlp(norm(x)), (batch, length, hidden): the second half of a call."""
+        return x + self.mlp(self.post_attention_layernorm(x))
+
     def layer_of_stack(
         self, x: jax.Array, normed: jax.Array, attend: Attend, layer: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any]:

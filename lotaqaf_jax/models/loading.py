@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models.config import DecoderConfig
-from lotaqaf_jax.models.decoder import Decoder
+from lotaqaf_jax.models.decoder import Block, Decoder
 from lotaqaf_jax.models.layers import Linear
-from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec, QuantSpec, projection_shapes
+from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec, QuantSpec, dense_spec, projection_shapes
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import group_count, trivial_g_idx
 from lotaqaf_jax.quant.zeros import decode_zeros
 
-__all__ = ["load_decoder", "read_spec"]
+__all__ = ["load_block", "load_decoder", "read_spec"]
 
 # Buffers that some writers save, which are recomputed here from the config.
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -176,9 +176,9 @@ _THREADS = 8
 _SHARE = 2**22
 
 
-def _copy(target: np.ndarray, source: np.ndarray, threads: ThreadPoolExecutor) -> None:
+def _copy(target: np.ndarray, source: np.ndarray, threads: ThreadPoolExecutor | None) -> None:
     """target[...] = source, in ``_THREADS`` parts at once, unless small: one thread reads a file's pages at 2 GB/s."""
-    if source.nbytes < 2 * _SHARE or source.ndim == 0:
+    if threads is None or source.nbytes < 2 * _SHARE or source.ndim == 0:
         target[...] = source
         return
     parts = min(_THREADS, source.nbytes // _SHARE, len(source))
@@ -194,7 +194,9 @@ def _copy(target: np.ndarray, source: np.ndarray, threads: ThreadPoolExecutor) -
 class _Reader:
     """Reads tensors and stacks of them, and counts the bytes."""
 
-    def __init__(self, folder: CheckpointFolder, count: Callable[[int], Any], threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, count: Callable[[int], Any], threads: ThreadPoolExecutor | None = None
+    ) -> None:
         self.folder = folder
         self.count = count
         self.threads = threads
@@ -278,6 +280,29 @@ def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress
         if decoder.lm_head is not None and spec.head is not None:
             _fill(decoder.lm_head, spec.head, ["lm_head"], reader, stacked=False)
     return decoder
+
+
+def load_block(folder: CheckpointFolder, config: DecoderConfig, index: int, dtype: Any) -> Block:
+    """Read one layer of a 16-bit checkpoint, for work that never holds a whole model.
+
+    Args:
+        folder: the opened checkpoint, in which :func:`read_spec` found nothing wrong.
+        config: its decoder config.
+        index: which layer.
+        dtype: the type of its weights on the device; norms are float32.
+
+    Returns:
+        The layer, its arrays without a leading axis.
+    """
+    layer = dict(dense_spec(config, dtype).layers[index])
+    block = nnx.eval_shape(lambda: Block(config, layer, jnp.float32))
+    prefix = f"model.layers.{index}"
+    reader = _Reader(folder, lambda _: None)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        getattr(block, norm).weight.set_value(jnp.array(reader.array(f"{prefix}.{norm}.weight"), jnp.float32))
+    for path, spec in layer.items():
+        _fill(block.linear(path), spec, [f"{prefix}.{path}"], reader, stacked=False)
+    return block
 
 
 def _fill(linear: Linear, spec: LinearSpec, names: list[str], reader: _Reader, *, stacked: bool = True) -> None:

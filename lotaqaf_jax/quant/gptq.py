@@ -71,6 +71,7 @@ class HessianFactor:
       dead: (in,) bool, the input rows that were zero in all of the calibration data.
       damp: () float32, what was added to the diagonal.
       desc_act: static, whether order is act-order.
+      together: static, rows of the groups that act-order keeps together, or None where it keeps none.
     """
 
     upper: jax.Array
@@ -78,6 +79,7 @@ class HessianFactor:
     dead: jax.Array
     damp: jax.Array
     desc_act: bool = dataclasses.field(metadata={"static": True})
+    together: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.jit
@@ -106,7 +108,12 @@ def accumulate_hessian(
 
 
 def factor_hessian(
-    hessian: ArrayLike, *, desc_act: bool, damp_percent: float = 0.05, name: str = "layer"
+    hessian: ArrayLike,
+    *,
+    desc_act: bool,
+    together: int | None = None,
+    damp_percent: float = 0.05,
+    name: str = "layer",
 ) -> HessianFactor:
     """Order the rows and factorise the inverse of the damped Hessian (paper, section 3.3, step 3).
 
@@ -118,6 +125,9 @@ def factor_hessian(
     Args:
       hessian: (in, in) float32, from :func:`accumulate_hessian`; its scale does not matter.
       desc_act: act-order, rows by descending diag(H); else as they stand.
+      together: without ``desc_act``, act-order that keeps groups of so many rows whole (-1: all rows): groups by the
+        largest of diag(H) in them, rows in a group by diag(H), a partial last group last ("group-aware reordering",
+        Gafni et al. 2025, arXiv 2505.14638). g_idx stays i // group_size.
       damp_percent: damping as a share of the mean diagonal, not negative (0.05 is five percent).
       name: of the layer, for messages.
 
@@ -137,7 +147,7 @@ def factor_hessian(
     dead = diagonal == 0
     if dead.all():
         raise DataError(f"{name}: the Hessian is zero; no calibration input got here. Give more data.")
-    order = np.argsort(-diagonal, kind="stable") if desc_act else np.arange(len(diagonal))
+    order = _order(diagonal, desc_act, together)
     mean = float(diagonal[~dead].mean())
     # A dead row is coupled to no other, so that its pivot only has to be positive.
     pivots = np.where(dead, mean, diagonal)[order[::-1]]
@@ -153,7 +163,23 @@ def factor_hessian(
         warnings.warn(f"{name}: damp_percent {damp_percent} was not enough; took {percent}.", stacklevel=2)
     inverse, _ = scipy.linalg.lapack.dtrtri(lower, lower=1, overwrite_c=1)
     upper, damp = jnp.asarray(inverse[::-1, ::-1].astype(np.float32)), jnp.float32(percent * mean)
-    return HessianFactor(upper, jnp.asarray(order, jnp.int32), jnp.asarray(dead), damp, desc_act)
+    return HessianFactor(upper, jnp.asarray(order, jnp.int32), jnp.asarray(dead), damp, desc_act, together)
+
+
+def _order(diagonal: np.ndarray, desc_act: bool, together: int | None) -> np.ndarray:
+    """The rows in the order of rounding."""
+    rows = np.arange(len(diagonal))
+    if desc_act:
+        return np.argsort(-diagonal, kind="stable")
+    if together is None:
+        return rows
+    group = rows // (len(rows) if together == -1 else together)
+    largest = np.full(group[-1] + 1, -np.inf)
+    np.maximum.at(largest, group, diagonal)
+    if together != -1 and len(rows) % together:
+        largest[-1] = -np.inf
+    place = np.argsort(np.argsort(-largest, kind="stable"))  # of every group
+    return np.lexsort((-diagonal, place[group]))
 
 
 def quantize_layer(
@@ -164,6 +190,7 @@ def quantize_layer(
     group_size: int,
     sym: bool,
     desc_act: bool,
+    act_group_aware: bool = False,
     damp_percent: float = 0.05,
     grid_search: bool = False,
     name: str = "layer",
@@ -201,11 +228,13 @@ def quantize_layer(
     if not (largest := float(jnp.max(jnp.abs(w), initial=0.0))) <= _LARGEST_SCALE:
         raise CheckpointError(f"{name}: the largest weight is {largest}; expected it within float16.")
     factor = hessian
+    together = group_size if act_group_aware and not desc_act else None
     if not isinstance(factor, HessianFactor):
-        factor = factor_hessian(factor, desc_act=desc_act, damp_percent=damp_percent, name=name)
-    if w.ndim != 2 or factor.upper.shape != (len(w), len(w)) or factor.desc_act != desc_act:
-        found = f"Hessian {factor.upper.shape}, desc_act={factor.desc_act}"
-        raise ValueError(f"{name}: weight {w.shape}, desc_act={desc_act} do not fit {found}")
+        factor = factor_hessian(factor, desc_act=desc_act, together=together, damp_percent=damp_percent, name=name)
+    wanted = (desc_act, together)
+    if w.ndim != 2 or factor.upper.shape != (len(w), len(w)) or (factor.desc_act, factor.together) != wanted:
+        found = f"Hessian {factor.upper.shape}, desc_act={factor.desc_act}, together={factor.together}"
+        raise ValueError(f"{name}: weight {w.shape}, desc_act={desc_act}, together={together} do not fit {found}")
     size = len(w) if group_size == -1 else min(group_size, len(w))
     return _quantize(w, factor, size, _Grid(bits, sym, grid_search))
 
@@ -287,11 +316,12 @@ def _quantize(weight: jax.Array, factor: HessianFactor, size: int, grid: _Grid) 
     start = (w, (w[0], w[0]), jnp.float32(0))
     (*_, damped), (integers, scales, zeros) = lax.scan(do_block, start, steps)
     position = jnp.argsort(factor.order)  # of each row among the rounded ones
+    label = jnp.arange(groups) if factor.together is None else factor.order[::size] // size
     result = GPTQResult(
         integers=integers.reshape(-1, out)[np.flatnonzero(places < rows)][position],
-        scales=scales[::per_group].astype(jnp.float16),
-        zeros=zeros[::per_group].astype(jnp.uint8),
-        g_idx=(position // size).astype(jnp.int32),
+        scales=scales[::per_group][jnp.argsort(label)].astype(jnp.float16),
+        zeros=zeros[::per_group][jnp.argsort(label)].astype(jnp.uint8),
+        g_idx=label[position // size].astype(jnp.int32),
         loss=damped,
     )
     # The squared errors sum to trace(E^T (H + damp * I) E).

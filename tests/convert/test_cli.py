@@ -110,7 +110,7 @@ def test_interrupt_is_quiet(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["import", "merge", "export", "verify"])
+@pytest.mark.parametrize("command", ["quantize", "import", "merge", "export", "verify"])
 def test_help_names_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.writing import new_folder, write_safetensors
+from convert.writing import TensorFile, new_folder, write_safetensors
 from lotaqaf_jax.errors import ConfigError, OutputError
 from lotaqaf_jax.quant.folder import read_header
 
@@ -110,6 +111,7 @@ def test_unwritable_parent_is_a_sentence(tmp_path: Path) -> None:
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.int8, np.uint8]
 
 
+@settings(deadline=None)  # the first example imports torch
 @given(
     shapes=st.lists(
         st.tuples(st.sampled_from(TYPES), st.lists(st.integers(0, 5), max_size=3).map(tuple)), min_size=1, max_size=6
@@ -130,6 +132,28 @@ def test_safetensors_are_those_of_the_library(
             np.testing.assert_array_equal(file.get_tensor(name).float().numpy(), array.astype(np.float32))
     for entry in read_header(path).values():
         assert entry.start % entry.dtype.itemsize == 0
+
+
+def test_tensors_may_come_in_any_order_but_all_must_come(tmp_path: Path) -> None:
+    arrays = {
+        "b": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "a": np.arange(5, dtype=np.int8),
+        "c": np.float16([1, 2]),
+    }
+    tensors = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    write_safetensors(tmp_path / "in order", tensors, arrays.__getitem__)
+    for order in itertools.permutations(arrays):
+        with TensorFile(tmp_path / "x", tensors) as file:
+            for name in order:
+                file.write(name, arrays[name])
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "in order").read_bytes()
+    file = TensorFile(tmp_path / "y", tensors)
+    file.write("b", arrays["b"])
+    file.write("c", arrays["c"])
+    with pytest.raises(ValueError, match="1 tensors were not written, the first a"):
+        file.__exit__(None)
+    with pytest.raises(KeyboardInterrupt), TensorFile(tmp_path / "z", tensors):  # not hidden by what is missing
+        raise KeyboardInterrupt
 
 
 def test_safetensors_hold_what_was_announced(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import convert
 import lotaqaf_jax
-from lotaqaf_jax.models import Decoder, add_lora, add_qalora
+from lotaqaf_jax.models import Decoder, DecoderConfig, add_lora, add_qalora, init_decoder
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
@@ -82,6 +84,19 @@ CASES = (
     Case("babyllama105-gptq-w2g32-asym", 2, "lora"),
     Case("ckpt-llamapos-b4g32-asym", 4, "lora", dense=True),
 )
+
+
+# 16-bit models quantised here: (name, model type, settings). v1 with zero points of their own is read by GPTQModel only
+# because of what `meta.quantizer` says.
+QUANTIZED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("quantized-llama-b4g32-asym", "llama", {"bits": 4}),
+    ("quantized-llama-b3g32-asym-v1", "llama", {"bits": 3, "checkpoint_format": "gptq"}),
+    ("quantized-qwen2-b4g32-asym-v1", "qwen2", {"bits": 4, "checkpoint_format": "gptq"}),
+    ("quantized-qwen2-b2g32-sym-desc", "qwen2", {"bits": 2, "sym": True, "desc_act": True}),
+    ("quantized-llama-b8g64-asym-partial", "llama", {"bits": 8, "group_size": 64}),
+)
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +200,21 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
     np.save(root / "written.ids.npy", ids)
     ours["written"] = {"merged": np.asarray(model(ids))}
     ask("written", "merged", 4, root / "written", root / "written.ids.npy", ("transformers", "gptqmodel"))
+
+    for name, model_type, options in QUANTIZED:
+        config = DecoderConfig.from_hf({"model_type": model_type, "tie_word_embeddings": model_type == "qwen2"} | SIZES)
+        dense = init_decoder(config, jax.random.key(0), dtype=jnp.float16, scale=0.1)
+        tokenizer = checkpoint("tokenizer")
+        convert.write_checkpoint(dense, root / f"{name}.dense", tokenizer_from=tokenizer, progress=False)
+        samples = list(np.random.default_rng(0).integers(0, config.vocab_size, (16, 48), dtype=np.int32))
+        settings = {"group_size": 32} | options
+        convert.quantize(root / f"{name}.dense", root / name, calibration=samples, progress=False, **settings)
+        ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 24), dtype=np.int32)
+        np.save(root / f"{name}.ids.npy", ids)
+        plain = lotaqaf_jax.load_pretrained(root / f"{name}.dense", dtype=jnp.float32, progress=False)
+        ours[name] = {"base": np.asarray(plain(ids))}
+        ours[name] |= {"merged": np.asarray(lotaqaf_jax.load_pretrained(root / name, progress=False)(ids))}
+        ask(name, "merged", options["bits"], root / name, root / f"{name}.ids.npy", ("transformers", "gptqmodel"))
 
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}

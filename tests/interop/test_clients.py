@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.interop.conftest import CASES, Case, Opened
+from tests.interop.conftest import CASES, QUANTIZED, Case, Opened
 
 # Largest difference of logits per unit of their mean size. transformers computes in float32, but dequantises in
 # float16; GPTQModel runs in float16 throughout.
@@ -42,3 +42,14 @@ def test_client_computes_our_logits(opened: dict[str, Opened], case: Case, kind:
 def test_checkpoint_written_from_a_model_alone(opened: dict[str, Opened], kind: str) -> None:
     found = opened["written"]
     assert distance(found.ours["merged"], found.theirs["merged", kind]) <= TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", ["transformers", "gptqmodel"])
+@pytest.mark.parametrize("name", [name for name, *_ in QUANTIZED])
+def test_what_we_quantised(opened: dict[str, Opened], name: str, kind: str) -> None:
+    found = opened[name]
+    here = distance(found.ours["merged"], found.theirs["merged", kind])
+    print(f"{name} {kind}: {here:.2e}")
+    assert here <= TOLERANCE[kind]
+    # The check can see other weights: quantising moved the logits further.
+    assert distance(found.ours["base"], found.ours["merged"]) > 2 * here

@@ -75,6 +75,7 @@ def brute_force(
     group_size: int,
     sym: bool,
     desc_act: bool,
+    act_group_aware: bool = False,
     damp_percent: float = 0.05,
 ) -> Exact:
     """GPTQ as optimal brain surgery: after each row, the exact inverse of what remains of the Hessian.
@@ -92,6 +93,11 @@ def brute_force(
     h[dead, dead] = diagonal[~dead].mean()
     h += damp_percent * diagonal[~dead].mean() * np.eye(rows)
     order = np.argsort(-diagonal, kind="stable") if desc_act else np.arange(rows)
+    if act_group_aware:
+        whole = [range(i, i + size) for i in range(0, rows - size + 1, size)]
+        whole.sort(key=lambda group: -max(diagonal[i] for i in group))
+        rest = range(rows // size * size, rows)
+        order = np.array([i for group in [*whole, rest] for i in sorted(group, key=lambda i: -diagonal[i])])
     w, h = w[order], h[np.ix_(order, order)]
     groups = -(-rows // size)
     integers = np.zeros((rows, out), np.uint8)
@@ -108,6 +114,9 @@ def brute_force(
         w[i:] -= np.outer(inverse[:, 0] / inverse[0, 0], w[i] - scale * (q - zero))
     back = np.empty_like(order)
     back[order] = np.arange(rows)
+    if act_group_aware:  # the groups are those of the rows as they stand
+        own = np.argsort(order[::size])
+        return Exact(integers[back], scales[own], zeros[own], np.arange(rows) // size, margin)
     return Exact(integers[back], scales, zeros, (np.arange(rows) // size)[back], margin)
 
 
@@ -125,24 +134,28 @@ def round_to_nearest(weight: np.ndarray, bits: int, group_size: int, sym: bool) 
 
 
 CASES = [
-    # rows, bits, group_size, sym, desc_act
-    (64, 4, 16, False, False),
-    (64, 4, 16, False, True),
-    (64, 2, 16, True, False),
-    (64, 8, 64, True, True),
-    (61, 3, 16, False, True),  # a partial last group
-    (40, 2, 128, False, False),  # a group larger than the layer
-    (150, 4, -1, False, True),  # one group of two blocks
-    (131, 4, -1, True, False),  # the same with one place to fill
-    (200, 3, 129, False, False),  # two groups of two blocks, each filled up, the last partial
+    # rows, bits, group_size, sym, order: desc_act, act_group_aware or neither
+    (64, 4, 16, False, ""),
+    (64, 4, 16, False, "desc_act"),
+    (64, 3, 16, False, "act_group_aware"),
+    (64, 2, 16, True, ""),
+    (64, 8, 64, True, "desc_act"),
+    (61, 3, 16, False, "desc_act"),  # a partial last group
+    (61, 4, 16, True, "act_group_aware"),
+    (40, 2, 128, False, ""),  # a group larger than the layer
+    (150, 4, -1, False, "desc_act"),  # one group of two blocks
+    (150, 3, -1, False, "act_group_aware"),
+    (131, 4, -1, True, ""),  # the same with one place to fill
+    (200, 3, 129, False, ""),  # two groups of two blocks, each filled up, the last partial
 ]
 
 
-@pytest.mark.parametrize(("rows", "bits", "group_size", "sym", "desc_act"), CASES)
-def test_equals_brute_force(rows: int, bits: int, group_size: int, sym: bool, desc_act: bool) -> None:
+@pytest.mark.parametrize(("rows", "bits", "group_size", "sym", "order"), CASES)
+def test_equals_brute_force(rows: int, bits: int, group_size: int, sym: bool, order: str) -> None:
     """Every column equals the exact algorithm, unless a decision hung on less than float32 resolves."""
     weight, hessian = problem(rows, 24, seed=rows + bits)
-    options = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": desc_act}
+    options = {"bits": bits, "group_size": group_size, "sym": sym, "desc_act": order == "desc_act"}
+    options["act_group_aware"] = order == "act_group_aware"
     exact = brute_force(weight, hessian, **options)
     result = quantize_layer(weight, hessian, **options)
 
@@ -280,6 +293,9 @@ def test_a_factor_gives_what_its_hessian_gives() -> None:
     jax.tree.map(np.testing.assert_array_equal, direct, quantize_layer(weight, shared_factor, **options))
     with pytest.raises(ValueError, match="desc_act"):
         quantize_layer(weight, shared_factor, **{**options, "desc_act": False})
+    factor = factor_hessian(hessian, desc_act=False, together=8)
+    with pytest.raises(ValueError, match=r"together=16 do not fit .* together=8"):
+        quantize_layer(weight, factor, **{**options, "desc_act": False, "act_group_aware": True})
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
