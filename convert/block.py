@@ -23,7 +23,8 @@ from lotaqaf_jax.models import PROJECTIONS, DecoderConfig, Linear
 from lotaqaf_jax.models.decoder import Block, causal
 from lotaqaf_jax.models.rope import rope_angles
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from lotaqaf_jax.quant.gptq import GPTQResult, accumulate_hessian, factor_hessian, quantize_layer
+from lotaqaf_jax.quant.gptq import GPTQResult, quantize_layer
+from lotaqaf_jax.quant.hessian import accumulate_hessian, factor_hessian
 from lotaqaf_jax.quant.packing import check_bits
 
 __all__ = ["STAGES", "GPTQSettings", "Quantized", "Stream", "quantize_block"]
@@ -59,7 +60,7 @@ class GPTQSettings:
 
     @property
     def together(self) -> int | None:
-        """Of :func:`lotaqaf_jax.quant.gptq.factor_hessian`."""
+        """Of :func:`lotaqaf_jax.quant.hessian.factor_hessian`."""
         return self.group_size if self.act_group_aware and not self.desc_act else None
 
 

@@ -40,13 +40,12 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from convert import write_checkpoint
+import convert
+from convert.quantize import LOG
 from default_model.pretrain import exact_match, pretrain, tokenize_rows
-from default_model.quantise import quantize_decoder
 from default_model.tasks import Row, draw_data, draw_pretraining_row, tokenizer_corpus
 from default_model.tokenizer import END, PAD, build_tokenizer
-from lotaqaf_jax.data.packing import collate, plan_rows
-from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, init_decoder
+from lotaqaf_jax.models import Decoder, DecoderConfig, dense_spec, init_decoder, load_pretrained
 
 LENGTH = 192  # tokens in a packed row of pretraining
 VOCABULARY = 768
@@ -94,11 +93,14 @@ def main() -> None:
     dense = load_or_pretrain(args, tokenizer, check)
     print(f"dense       {check(dense)}")
 
-    quant = QuantSpec(args.bits, args.group_size, checkpoint_format="gptq_v2")
-    quantised = quantize_decoder(dense, calibration(tokenizer, args.seed), quant)
-    print(f"quantised   {check(quantised)}")
-    write_model(staging / "model", quantised, tokenizer, staging / "tokenizer")
-    shutil.rmtree(staging / "tokenizer")
+    write_dense(staging / "dense", dense, tokenizer, staging / "tokenizer")
+    samples = calibration(tokenizer, args.seed)
+    sizes = {"bits": args.bits, "group_size": args.group_size}
+    print(convert.quantize(staging / "dense", staging / "model", calibration=samples, **sizes))
+    print(f"quantised   {check(load_pretrained(staging / 'model'))}")
+    (staging / "model" / LOG).unlink()
+    for folder in ("tokenizer", "dense"):
+        shutil.rmtree(staging / folder)
 
     shutil.rmtree(args.output, ignore_errors=True)
     staging.rename(args.output)
@@ -175,25 +177,22 @@ def load_or_pretrain(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     return model
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, np.ndarray]]:
-    """Packed batches of pretraining rows for the Hessians of GPTQ."""
+def calibration(tokenizer: PreTrainedTokenizerBase, seed: int) -> list[np.ndarray]:
+    """Token ids of pretraining rows, for the Hessians of GPTQ."""
     rng = random.Random(f"calibration {seed}")
     examples = tokenize_rows(tokenizer, [draw_pretraining_row(rng) for _ in range(768)], LENGTH)
-    plan = plan_rows(examples.lengths, LENGTH, packing=True, seed=seed)
-    size, pad_id = 16, tokenizer.pad_token_id
-    return [
-        collate(plan[i : i + size], examples, batch_size=size, row_length=LENGTH, pad_id=pad_id)
-        for i in range(0, len(plan), size)
-    ]
+    return [example.input_ids for example in examples]
 
 
-def write_model(folder: Path, model: Decoder, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path) -> None:
-    """Write the checkpoint folder: weights, configs, and the tokenizer's files."""
+def write_dense(folder: Path, model: Decoder, tokenizer: PreTrainedTokenizerBase, tokenizer_folder: Path) -> None:
+    """Write the model in float16, with its configs and the tokenizer's files."""
     stop, pad = (int(tokenizer.convert_tokens_to_ids(token)) for token in (END, PAD))
     generation = {"do_sample": False, "eos_token_id": stop, "max_new_tokens": 96, "pad_token_id": pad}
     (tokenizer_folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    half = Decoder(CONFIG, dense_spec(CONFIG, jnp.float16))
+    nnx.update(half, jax.tree.map(lambda leaf: leaf.astype(jnp.float16), nnx.state(model, nnx.Param)))
     config = {"bos_token_id": None, "eos_token_id": stop, "pad_token_id": pad}
-    write_checkpoint(model, folder, config=config, tokenizer_from=tokenizer_folder)
+    convert.write_checkpoint(half, folder, config=config, tokenizer_from=tokenizer_folder)
 
 
 if __name__ == "__main__":
