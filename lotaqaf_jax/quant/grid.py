@@ -48,7 +48,7 @@ class Grid(NamedTuple):
             return scales[0], zeros[0]
         errors = lax.map(lambda grid: error(*grid), (scales, zeros), batch_size=_TOGETHER)
         best = jnp.argmin(errors, axis=0)[None]  # of equals the first, the widest range
-        return tuple(jnp.take_along_axis(tried, best, axis=0)[0] for tried in (scales, zeros))
+        return jnp.take_along_axis(scales, best, axis=0)[0], jnp.take_along_axis(zeros, best, axis=0)[0]
 
     def rounding_error(self, w: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
         """sum |W - W^|^2.4 over the rows, without feedback between them; (out,)."""
