@@ -180,22 +180,26 @@ def quantize(
     folder = CheckpointFolder(local_folder(model))
     config = _dense_config(folder)
     dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
-    given = calibration
-    if isinstance(given, str | Path):
-        tokens = min(_LENGTH, config.max_position_embeddings) if length is None else length
-        given = calibration_samples(given, load_tokenizer(folder.path), samples=samples, length=tokens, seed=seed)
-    ids = check_samples(given, config.vocab_size, config.max_position_embeddings)
+    positions = config.max_position_embeddings
+    length = min(_LENGTH, positions) if length is None else length
+    if length > positions:
+        raise ConfigError(f"--length: found {length}, the model has {positions} positions (max_position_embeddings).")
     shards = _shards(folder, config, settings)
     needed = sum(_nbytes(*tensor) for shard in shards.values() for tensor in shard.values())
     with new_folder(directory, overwrite=overwrite, needed=needed, sources=[folder.path]) as out:
+        of_text: dict[str, Any] = {}
+        given = calibration
+        if isinstance(given, str | Path):
+            of_text = {"calibration": str(given), "samples": samples, "length": length, "seed": seed}
+            tokenizer = load_tokenizer(folder.path)
+            given = calibration_samples(given, tokenizer, samples=samples, length=length, seed=seed)
+        ids = check_samples(given, config.vocab_size, positions)
         with _TensorFiles(out, shards) as files:
-            for name in files.where:
-                if name in folder.tensors:
-                    files.write(name, folder.read(name))
+            for name in files.where.keys() & folder.tensors.keys():
+                files.write(name, folder.read(name))
             layers = tuple(_quantize_blocks(folder, config, settings, form, ids, dtype, files, progress))
-        report = QuantizeReport(
-            layers, len(ids), sum(map(len, ids)), folder.nbytes, needed, time.perf_counter() - begun
-        )
+        seconds = time.perf_counter() - begun
+        report = QuantizeReport(layers, len(ids), sum(map(len, ids)), folder.nbytes, needed, seconds)
         copy_companions(folder.path, out, skip=("config.json", "quantize_config.json"))
         written = quantization_config(settings, form)
         write_json(out / "config.json", folder.config | {"quantization_config": written})
@@ -203,9 +207,7 @@ def quantize(
         if (folder.path / INDEX).is_file():
             where = dict(sorted(files.where.items()))
             write_json(out / INDEX, {"metadata": {"total_size": needed}, "weight_map": where})
-        of_text = {"samples": samples, "length": length, "seed": seed} if isinstance(calibration, str | Path) else {}
-        source = {"calibration": str(calibration)} | of_text if of_text else {}
-        write_json(out / LOG, {"settings": dataclasses.asdict(settings) | source, **report.to_dict()})
+        write_json(out / LOG, {"settings": dataclasses.asdict(settings) | of_text, **report.to_dict()})
     return report
 
 

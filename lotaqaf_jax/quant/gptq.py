@@ -129,9 +129,11 @@ def _quantize(weight: jax.Array, factor: HessianFactor, size: int, grid: Grid) -
     group, within = np.divmod(np.arange(groups * span), span)
     places = np.where(within < size, np.minimum(group * size + within, rows), rows)  # rows: no row here
     weight = jnp.where(factor.dead[:, None], 0, weight)
-    w = weight[factor.order].at[places].get(mode="fill", fill_value=0)
-    upper = factor.upper.at[places[:, None], places].get(mode="fill", fill_value=0)
-    pivots = jnp.diagonal(factor.upper).at[places].get(mode="fill", fill_value=1)
+    w, upper, pivots = weight[factor.order], factor.upper, jnp.diagonal(factor.upper)
+    if len(places) > rows:  # else nothing is filled up, and U need not be copied
+        w = w.at[places].get(mode="fill", fill_value=0)
+        upper = upper.at[places[:, None], places].get(mode="fill", fill_value=0)
+        pivots = pivots.at[places].get(mode="fill", fill_value=1)
 
     def do_block(carry: tuple, step: tuple) -> tuple[tuple, tuple]:
         w, fitted, loss = carry

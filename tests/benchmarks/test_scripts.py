@@ -1,4 +1,4 @@
-"""The scripts that time single kernels run from flags to file, with tiny layers and a clock that counts runs."""
+"""Scripts run from flags to file: those that time kernels with tiny layers and a clock that counts runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 
 from lotaqaf_jax.generation import generate
 from lotaqaf_jax.models import add_adapters, merge
+from tests.convert.dense import QWEN, write_model
+from tests.data.conftest import byte_tokenizer
 from tests.models.tiny import quantized_decoder
 
 pytest.importorskip("triton")
@@ -191,6 +194,69 @@ def test_every_kernel_has_candidates_that_give_its_result(run: Callable[..., Any
         results = load("tune").tune(dataclasses.replace(case, candidates=other[-1:]))
         assert len(results) == 2, name
         assert all(not one.problem and one.error <= case.tolerance for one in results), name
+
+
+PEER = """
+import json, sys
+import convert, numpy as np
+jobs = json.load(open(sys.argv[1]))
+for job in jobs:
+    with np.load(job["calibration"]) as file:
+        samples = [file[name] for name in sorted(file.files, key=int)]
+    settings = {"bits": job["bits"], "group_size": job["group_size"], "sym": job["options"].get("sym", True)}
+    convert.quantize(job["model"], job["output"], calibration=samples, grid_search="mse" in job["options"], **settings)
+done = {"jobs": [{"seconds": 3.0, "config": {"bits": job["bits"]}} for job in jobs], "versions": {"gptqmodel": "7"}}
+json.dump(done, open(sys.argv[1] + ".done", "w"))
+"""
+
+
+def test_quantizers(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole comparison, with our quantiser in the place of the peer: what both write is the same, and so is its
+    loss."""
+    quantizers, dense, texts = load("quantizers"), tmp_path / "dense", tmp_path / "texts.jsonl"
+    write_model(dense, QWEN)
+    texts.write_text("".join(json.dumps({"text": f"{i} and\n{i * i} more of them"}) + "\n" for i in range(90)))
+    (tmp_path / "peer.py").write_text(PEER)
+    monkeypatch.setattr(quantizers, "PEER", tmp_path / "peer.py")
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    flags = ["--model", str(dense), "--group-size", "16", "--bits", "3", "--length", "24", "--samples", "6"]
+    flags += ["--calibration", f"{texts}[30:]", "--heldout", f"{texts}[:20]", str(texts), "--heldout-samples", "5"]
+    flags += ["--seeds", "0", "--peer-python", sys.executable, "--peer", '{"mse": 2.4}', "--ours", '{"sym": true}']
+    monkeypatch.setattr(sys, "argv", ["quantizers", *flags, "--json", str(tmp_path / "results.json")])
+    quantizers.main()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["peer"]["versions"] == {"gptqmodel": "7"}
+    assert found["peer"]["configs"] == [{"bits": 3}, {"bits": 3}]
+    lines = {line["what"]: line for line in found["lines"]}
+    assert list(lines) == ["16-bit", "lotaqaf_jax", "lotaqaf_jax sym True", "GPTQModel", "GPTQModel mse 2.4"]
+    assert lines["GPTQModel mse 2.4"]["loss"] == lines["lotaqaf_jax"]["loss"]
+    assert lines["GPTQModel"]["seconds"] == 3
+    assert len({tuple(line["loss"].values()) for line in found["lines"]}) == 4
+    assert list(lines["16-bit"]["loss"]) == [f"{texts}[:20]", str(texts)]
+    # The table's perplexity is that of the loss.
+    loss = lines["GPTQModel"]["loss"][str(texts)]
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| GPTQModel | 3"))
+    assert f"| {loss:.4f} | {math.exp(loss):.3f} | 3 |" in row
+
+
+def test_quantizers_cut_their_text(load: Load, tmp_path: Path) -> None:
+    quantizers, texts = load("quantizers"), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{i}\n{i}"}) + "\n" for i in range(10, 50)))
+    tokenizer = byte_tokenizer()
+    documents = quantizers.tokenized(f"{texts}[2:4]", tokenizer, True)
+    assert [tokenizer.decode(ids) for ids in documents] == ["12 12</s>", "13 13</s>"]
+    options = argparse.Namespace(rows=False, length=4, samples=2, heldout_samples=2)
+    assert [tokenizer.decode(ids) for ids in quantizers.heldout(documents, options)] == ["12 1", "2</s>13"]
+    options.rows = True
+    assert [tokenizer.decode(ids) for ids in quantizers.heldout(documents, options)] == ["12 1", "13 1"]
+    everything = quantizers.tokenized(str(texts), tokenizer, False)
+    drawn = [[ids.tolist() for ids in quantizers.calibration(everything, options, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    (batch,) = quantizers.batches([np.array([5, 6, 7]), np.array([8])])
+    assert batch["labels"][:2].tolist() == [[-100, 6, 7], [-100, -100, -100]]
+    assert batch["segment_ids"][:3].tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -25,7 +25,7 @@ from convert.__main__ import main
 from convert.block import STAGES, Stream
 from convert.quantize import LOG
 from lotaqaf_jax.errors import CheckpointError, ConfigError, DataError
-from lotaqaf_jax.models import PROJECTIONS, DecoderConfig, init_decoder
+from lotaqaf_jax.models import PROJECTIONS, DecoderConfig
 from lotaqaf_jax.models.decoder import Block, causal
 from lotaqaf_jax.models.loading import load_block
 from lotaqaf_jax.models.rope import rope_angles
@@ -33,36 +33,8 @@ from lotaqaf_jax.models.spec import dense_spec
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import INDEX, CheckpointFolder
 from lotaqaf_jax.quant.gptq import quantize_layer
+from tests.convert.dense import LLAMA, QWEN, SIZES, write_model
 from tests.convert.making import checkpoint
-from tests.data.conftest import byte_tokenizer
-
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 48,  # no multiple of 32, the size of a group and a period of 3-bit words
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "rope_theta": 500.0,
-}
-LLAMA = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
-LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 80}
-# Square, so that one program quantises all of its projections: most of the time here is compilation.
-QWEN = {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 6, "intermediate_size": 48}
-
-
-def write_model(folder: Path, changes: dict[str, Any], dtype: Any = jnp.float16, seed: int = 0) -> Path:
-    """A random 16-bit model with biases, norms that are not 1, and inputs of very different sizes."""
-    config = DecoderConfig.from_hf(SIZES | changes)
-    model = init_decoder(config, jax.random.key(seed), dtype=dtype, scale=0.2)
-    rng = np.random.default_rng(seed)
-    for path, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Param) and (path[-1] == "bias" or "norm" in str(path[-2])):
-            shape = variable.get_value().shape
-            value = rng.normal(0, 0.2, shape) if path[-1] == "bias" else np.exp(rng.normal(0, 0.7, shape))
-            variable.set_value(jnp.asarray(value, dtype))
-    convert.write_checkpoint(model, folder, config={"eos_token_id": 7}, progress=False)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def samples(count: int = 10, seed: int = 0) -> list[np.ndarray]:
@@ -279,6 +251,17 @@ def test_padding_and_chunks_change_nothing(llama: Path, tmp_path: Path, monkeypa
     assert np.mean(same) > 0.97
 
 
+def test_activations_of_16_bits(qwen: Path, tmp_path: Path) -> None:
+    """As on a card: the same layers, with errors that are nearly the same."""
+    reports = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        out = tmp_path / jnp.dtype(dtype).name
+        reports.append(convert.quantize(qwen, out, calibration=samples(), group_size=16, dtype=dtype, progress=False))
+    errors = [np.array([layer.error for layer in report.layers]) for report in reports]
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.25)
+    assert not np.array_equal(*errors)
+
+
 def test_the_same_twice(qwen: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         convert.quantize(qwen, tmp_path / name, calibration=samples(4), group_size=16, progress=False)
@@ -380,14 +363,18 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], llama: Path) -> 
     return run
 
 
-def test_bad_input_is_one_sentence_and_leaves_nothing(refused: Any, llama: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    refused: Any, llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    short = tmp_path_factory.mktemp("text") / "short.txt"
+    short.write_text("some text")
     assert "--bits: 5 is not a supported width" in refused("--bits", "5")
     assert "--group_size: found 0" in refused("--group_size", "0")
     assert "--damp_percent: found -1.0" in refused("--damp_percent", "-1")
     assert "'gptq_p'" in refused("--checkpoint_format", "gptq_p")
-    assert "64 positions" in refused("--length", "65")
-    assert "fewer than one sample" in refused("--length", "10000")
-    assert "not a file" in refused(calibration=tmp_path / "none.jsonl")
+    assert "--length: found 65, the model has 64 positions" in refused("--length", "65")
+    assert "fewer than one sample" in refused(calibration=short)
+    assert "is not a file" in refused(calibration=tmp_path / "none.jsonl")
     assert "is, holds or lies in" in refused("--output", str(llama / "out"))
     packed = checkpoint("ckpt-llama-b4g32-asym-desc")
     assert packed is not None
