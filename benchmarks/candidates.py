@@ -172,7 +172,7 @@ def left(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     tiles = [tile for tile in tiles if group % tile.rows == 0 or tile.rows % group == 0 or group == n_in]
 
     def call(blocks: GradientBlocks) -> Any:
-        return lambda w, t, dweight: left_product(w, t.b, dweight, blocks)
+        return lambda w, t, dweight: left_product(w, t.a, t.b, dweight, blocks)
 
     layer, inputs = f"{n_in}x{n_out} g{options.group_size}", gradient_inputs(n_in, n_out, options)
     yield Case(layer, "gradient/blocks.py, _LEFT", current, tiles, inputs, call, 1e-4)
@@ -189,7 +189,7 @@ def right(n_in: int, n_out: int, options: argparse.Namespace) -> Iterator[Case]:
     tiles = list(seen.values())
 
     inputs = [
-        (w, t.a, w.group_sum(t.a.astype(jnp.float32)) / w.group_rows(), dweight)
+        (w, t.a, t.b, w.group_sum(t.a.astype(jnp.float32)) / w.group_rows(), dweight)
         for w, t, dweight in gradient_inputs(n_in, n_out, options)
     ]
 

@@ -6,7 +6,7 @@ our own. Its tensors go by the name of their module:
     LoTA-QAF   model.layers.0.self_attn.q_proj.lota_A     (in, rank) and .lota_B (rank, out), int8
     QA-LoRA    model.layers.0.self_attn.q_proj.qalora_A   (groups, rank) and .qalora_B (rank, out), float32
 
-The config says by which rule they are applied, and names the base by its fingerprint: T depends on the integers of the
+The config says by which rule they are applied (omega as a number, or, where matrices differ, by the name of the module), and names the base by its fingerprint: T depends on the integers of the
 base through the boundary rule, and mu on its groups and scales, so on other weights the adapter means nothing.
 """
 
@@ -46,20 +46,58 @@ class _Format:
     """How adapters of one kind are written.
 
     ``settings`` are the fields of the config that rule over how they are applied, with their types; ``build`` makes an
-    adapter of A, B and these, ``rows`` says how many rows A has, and ``check`` refuses values out of range.
+    adapter of A, B, these, and the names of the modules in the stack, ``rows`` says how many rows A has, and ``check`` refuses values out of range.
     """
 
     kind: type[WeightAdapter]
     dtype: Any
     settings: Mapping[str, Any]
-    build: Callable[[Any, Any, dict[str, Any]], WeightAdapter]
+    build: Callable[[Any, Any, dict[str, Any], list[str]], WeightAdapter]
     rows: Callable[[QuantizedWeight], int]
     check: Callable[[dict[str, Any]], None]
 
     def rule(self, adapter: AnyAdapter) -> dict[str, Any]:
         """The settings of an adapter."""
-        found = {name: getattr(adapter, name) for name in self.settings}
+        found = {name: getattr(adapter, name) for name in self.settings if name != "omega"}
         return found | {"offset_dtype": jnp.dtype(found["offset_dtype"]).name}
+
+
+def _omegas(adapters: Mapping[str, tuple[AnyAdapter, int]]) -> dict[str, Any]:
+    """The setting omega of ternary adapters: one number, or one for every module."""
+    found = {
+        name: float(np.broadcast_to(np.asarray(adapter.omega), adapter.a.shape[:1])[i])
+        for name, (adapter, i) in adapters.items()
+        if isinstance(adapter, TernaryAdapter)
+    }
+    values = set(found.values())
+    return {"omega": values.pop() if len(values) == 1 else found} if found else {}
+
+
+def _omega_of(config: dict[str, Any], name: str) -> float:
+    """omega of a module.
+
+    Raises:
+        AdapterError: the config has none for it.
+    """
+    omega = config["omega"]
+    if isinstance(omega, dict):
+        omega = omega.get(name)
+    if not isinstance(omega, _NUMBER) or isinstance(omega, bool):
+        raise AdapterError(f"{ADAPTER_CONFIG}: omega of {name} is {omega!r}, expected a number. Save the adapter again.")
+    return float(omega)
+
+
+def _build_lota(a: Any, b: Any, config: dict[str, Any], names: list[str]) -> TernaryAdapter:
+    omegas = jnp.asarray([_omega_of(config, name) for name in names], jnp.float32)
+    return TernaryAdapter(a, b, omegas, config["offset"], jnp.dtype(config["offset_dtype"]))
+
+
+def _check_lota(config: dict[str, Any]) -> None:
+    omegas = config["omega"].values() if isinstance(config["omega"], dict) else [config["omega"]]
+    for omega in omegas:
+        if not isinstance(omega, _NUMBER) or isinstance(omega, bool):
+            raise ConfigError(f"omega: found {omega!r}, expected a number.")
+        check_settings(config["rank"], omega, config["offset"])
 
 
 def _check_qalora(config: dict[str, Any]) -> None:
@@ -71,16 +109,16 @@ _FORMATS = {
     "lota-qaf": _Format(
         kind=TernaryAdapter,
         dtype=np.int8,
-        settings={"rank": int, "omega": _NUMBER, "offset": str, "offset_dtype": str},
-        build=lambda a, b, c: TernaryAdapter(a, b, float(c["omega"]), c["offset"], jnp.dtype(c["offset_dtype"])),
+        settings={"rank": int, "omega": (*_NUMBER, dict), "offset": str, "offset_dtype": str},
+        build=_build_lota,
         rows=lambda weight: weight.shape[0],
-        check=lambda c: check_settings(c["rank"], c["omega"], c["offset"]),
+        check=_check_lota,
     ),
     "qa-lora": _Format(
         kind=GroupLowRank,
         dtype=np.float32,
         settings={"rank": int, "alpha": _NUMBER, "pool": str, "offset_dtype": str},
-        build=lambda a, b, c: GroupLowRank(a, b, float(c["alpha"]), c["pool"], jnp.dtype(c["offset_dtype"])),
+        build=lambda a, b, c, names: GroupLowRank(a, b, float(c["alpha"]), c["pool"], jnp.dtype(c["offset_dtype"])),
         rows=lambda weight: weight.groups,
         check=_check_qalora,
     ),
@@ -123,6 +161,7 @@ def save_adapter(
         "method": method,
         "format_version": _FORMAT_VERSION,
         **dict(rules.pop()),
+        **_omegas(adapters),
         "target_modules": [name for name in TARGET_MODULES if any(key.endswith(f".{name}") for key in adapters)],
         "base_fingerprint": fingerprint(base, progress=progress),
         "base_model_name_or_path": str(base.path),
@@ -217,7 +256,7 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
             ]
             checked = [_checked(tensor, keys[name][part], form) for name, tensor in zip(names, tensors, strict=True)]
             stacks.append(jnp.asarray(np.stack(checked)))
-        linear.adapter = Adapter(form.build(stacks[0], stacks[1], config))
+        linear.adapter = Adapter(form.build(stacks[0], stacks[1], config, names))
         left.difference_update(*keys.values())
     if left:
         raise AdapterError(

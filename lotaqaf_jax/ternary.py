@@ -12,6 +12,8 @@ most one step of their own grid, and the group's zero point by a fraction mu of 
     mu = 0                                           offset="none"
     W' = scales * (q + T - zeros + mu)
 
+omega is a number, or an array of one: it may differ from matrix to matrix, and change in training (:mod:`.thresholds`).
+
 Source: LoTA-QAF, arXiv 2505.18724. "reference" is the division by omega of the authors' code, which the paper does not
 have.
 
@@ -25,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -37,37 +38,48 @@ from lotaqaf_jax.quant.weight import QuantizedWeight, affine
 
 __all__ = [
     "Offset",
+    "Surrogate",
     "adapter_gradients",
     "adjusted_weight",
     "check_settings",
     "init_adapter",
     "merge",
     "ternary_step",
+    "window",
 ]
 
 Offset = Literal["reference", "paper", "none"]
+Surrogate = Literal["straight", "window"]
+Omega = float | jax.Array
+
+WINDOW_WIDTH, WINDOW_BELOW, WINDOW_ABOVE = 0.3, 0.05, 0.2
+"""Of :func:`window`: the width as a share of omega, and the least weight below omega and above it."""
 
 
-def check_settings(rank: int, omega: float, offset: str) -> None:
+def check_settings(rank: int, omega: Omega, offset: str, surrogate: str = "straight") -> None:
     """Check the settings of an adapter.
 
     Args:
         rank: inner size of the adapters, at least 2.
-        omega: threshold on |D|, 0 < omega < rank: at omega >= rank nothing could ever move.
+        omega: threshold on |D|, 0 < omega < rank: at omega >= rank nothing could ever move. Looked at only where its
+            value is known: not of an array while a function is traced.
         offset: "reference", "paper" or "none".
+        surrogate: "straight" or "window".
 
     Raises:
         ConfigError: names the setting, its value and the range.
     """
     if rank < 2:
         raise ConfigError(f"rank: found {rank}, expected at least 2, since the threshold lies between 0 and rank.")
-    if not 0 < omega < rank:
+    if not isinstance(omega, jax.core.Tracer) and not np.all((np.asarray(omega) > 0) & (np.asarray(omega) < rank)):
         raise ConfigError(
             f"omega: found {omega}, expected 0 < omega < rank = {rank}. The published setting is 0.75 * rank = "
             f"{0.75 * rank:g}."
         )
     if offset not in get_args(Offset):
         raise ConfigError(f"offset: found {offset!r}, expected one of {get_args(Offset)}.")
+    if surrogate not in get_args(Surrogate):
+        raise ConfigError(f"surrogate: found {surrogate!r}, expected one of {get_args(Surrogate)}.")
 
 
 def init_adapter(key: jax.Array, in_features: int, out_features: int, rank: int) -> tuple[jax.Array, jax.Array]:
@@ -95,17 +107,22 @@ def init_adapter(key: jax.Array, in_features: int, out_features: int, rank: int)
     return a, jnp.zeros((rank, out_features), jnp.int8)
 
 
-def _step_of(w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """D, exact integers in float32."""
+    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def _step_of(w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: Omega) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return q (int32), D (float32, exact integers) and T (int32), each (in, out)."""
     q = w.integers()
-    d = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    d = _product(a, b)
     t = jnp.where(jnp.abs(d) > omega, jnp.sign(d), 0.0).astype(jnp.int32)
     moved = q + t
     inside = (moved >= 0) & (moved <= 2**w.bits - 1)
     return q, d, jnp.where(inside, t, 0)
 
 
-def ternary_step(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float) -> jax.Array:
+def ternary_step(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: Omega) -> jax.Array:
     """T, the step of every integer: (in, out) int32 in {-1, 0, 1} (paper Eq. 3, with the boundary rule).
 
     Args:
@@ -117,13 +134,13 @@ def ternary_step(w: QuantizedWeight, a: jax.Array, b: jax.Array, *, omega: float
     return _step_of(w, a, b, omega)[2]
 
 
-def offset_scale(omega: float, offset: str) -> float:
+def offset_scale(omega: Omega, offset: str) -> Omega:
     """c, by which the group mean of R is multiplied to give mu."""
     return {"reference": 1.0 / omega, "paper": 1.0, "none": 0.0}[offset]
 
 
 def _mu(
-    w: QuantizedWeight, d: jax.Array, t: jax.Array, omega: float, offset: str, offset_dtype: Any
+    w: QuantizedWeight, d: jax.Array, t: jax.Array, omega: Omega, offset: str, offset_dtype: Any
 ) -> jax.Array | None:
     """mu (groups, out) in its storage type, or None for offset="none".
 
@@ -138,7 +155,7 @@ def _mu(
 
 
 def offset_of_sums(
-    w: QuantizedWeight, sum_d: jax.Array, sum_t: jax.Array, omega: float, offset: str, offset_dtype: Any
+    w: QuantizedWeight, sum_d: jax.Array, sum_t: jax.Array, omega: Omega, offset: str, offset_dtype: Any
 ) -> jax.Array:
     """mu (groups, out) from the sums of D and of T over the rows of each group, (groups, out) float32.
 
@@ -153,23 +170,46 @@ def offset_of_sums(
     return jax.lax.optimization_barrier(mu.astype(offset_dtype))
 
 
-def inverse_rows(w: QuantizedWeight, omega: float, offset: str) -> jax.Array:
+def inverse_rows(w: QuantizedWeight, omega: Omega, offset: str) -> jax.Array:
     """What the sum of R over a group is multiplied by to give mu: 1/rows, over omega for "reference"; (groups, 1)."""
     rows = w.group_rows() * (omega if offset == "reference" else 1.0)
     return jax.lax.reduce_precision(1.0 / rows, exponent_bits=8, mantissa_bits=22)
 
 
-def short_parts(value: float) -> list[float]:
-    """``value`` in float32 as a sum of at most three numbers of eight bits.
+def short_parts(value: Omega) -> list[jax.Array]:
+    """``value`` in float32 as a sum of three numbers of eight bits.
 
     The product of one of them and an integer below 65536, the rows of any group, is exact in float32.
     """
-    rest, parts = float(np.float32(value)), []
-    while rest:
-        mantissa, exponent = math.frexp(rest)
-        parts.append(math.ldexp(math.trunc(mantissa * 256), exponent - 8))
-        rest -= parts[-1]
+    rest, parts = jnp.asarray(value, jnp.float32), []
+    for _ in range(3):
+        bits = jax.lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        parts.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        rest = rest - parts[-1]
     return parts
+
+
+def window(d: jax.Array, omega: Omega) -> jax.Array:
+    """h(|D|), how much the entry of D next to the threshold counts in the gradient of surrogate="window".
+
+        h = max(exp(-((|D| - omega) / (0.3 * omega))**2), 0.05 where |D| <= omega, 0.2 above)
+
+    An integer moves, or moves back, when |D| passes omega. A change of an entry far from it changes nothing, and the
+    straight-through gradient, which counts it in full, is an estimate of the wrong thing. What is left of it keeps
+    entries that no window reaches from never being asked again.
+
+    Args:
+        d: D = A @ B, any shape.
+        omega: threshold.
+
+    Returns:
+        float32 in [0.05, 1], of the shape of ``d``.
+
+    Source: ours; docs/results.md measures it.
+    """
+    size = jnp.abs(d).astype(jnp.float32)
+    distance = (size - omega) / (WINDOW_WIDTH * omega)
+    return jnp.maximum(jnp.exp(-jnp.square(distance)), jnp.where(size > omega, WINDOW_ABOVE, WINDOW_BELOW))
 
 
 def adapter_gradients(
@@ -178,15 +218,17 @@ def adapter_gradients(
     b: jax.Array,
     dweight: jax.Array,
     *,
-    omega: float,
+    omega: Omega,
     offset: Offset = "reference",
+    surrogate: Surrogate = "straight",
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of the adapters from the gradient of the adjusted weight, straight through the threshold.
 
-        dD = s * dW' + c * groupmean(s * dW'),   c = 1 (paper), 1/omega (reference), 0 (none)
+        dD = h * s * dW' + c * groupmean(s * dW'),   c = 1 (paper), 1/omega (reference), 0 (none)
         dA = dD @ B.T,   dB = A.T @ dD
 
-    Threshold and boundary rule count as the identity, and T inside R as a constant.
+    Threshold and boundary rule count as the identity, and T inside R as a constant. h is 1 for surrogate="straight",
+    and :func:`window` of D for "window".
 
     Args:
         w: the quantised weight (in, out).
@@ -196,15 +238,19 @@ def adapter_gradients(
             accumulate in float32: t-SignSGD reads sign and rank, and nothing of this size is made in float32.
         omega: threshold.
         offset: offset rule.
+        surrogate: "straight" or "window".
 
     Returns:
         dA (in, rank) and dB (rank, out), float32.
 
-    Source: the authors' code; the paper does not spell it out.
+    Source: the authors' code for h = 1; the paper does not spell it out.
     """
-    dd = w.spread(w.scales).astype(jnp.float32) * dweight.astype(jnp.float32)
+    scaled = w.spread(w.scales).astype(jnp.float32) * dweight.astype(jnp.float32)
+    dd = scaled
+    if surrogate == "window":
+        dd = dd * window(_product(a, b), omega)
     if offset != "none":
-        dd = dd + w.spread(offset_scale(omega, offset) * w.group_sum(dd) / w.group_rows())
+        dd = dd + w.spread(offset_scale(omega, offset) * w.group_sum(scaled) / w.group_rows())
     dd = dd.astype(dweight.dtype)
     a, b = a.astype(dd.dtype), b.astype(dd.dtype)
     wide = functools.partial(
@@ -215,9 +261,15 @@ def adapter_gradients(
     return wide(dd, b, (((1,), (1,)), ((), ()))), wide(a, dd, (((0,), (0,)), ((), ())))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _adjusted(
-    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: jax.Array,
+    offset: Offset,
+    offset_dtype: Any,
+    surrogate: Surrogate,
 ) -> jax.Array:
     q, d, t = _step_of(w, a, b, omega)
     mu = _mu(w, d, t, omega, offset, offset_dtype)
@@ -225,22 +277,27 @@ def _adjusted(
     return affine(steps, w.spread(w.scales), None if mu is None else w.spread(mu))
 
 
+_Saved = tuple[QuantizedWeight, jax.Array, jax.Array, jax.Array]
+
+
 def _adjusted_fwd(
-    w: QuantizedWeight, a: jax.Array, b: jax.Array, omega: float, offset: Offset, offset_dtype: Any
-) -> tuple[jax.Array, tuple[QuantizedWeight, jax.Array, jax.Array]]:
-    return _adjusted(w, a, b, omega, offset, offset_dtype), (w, a, b)
+    w: QuantizedWeight,
+    a: jax.Array,
+    b: jax.Array,
+    omega: jax.Array,
+    offset: Offset,
+    offset_dtype: Any,
+    surrogate: Surrogate,
+) -> tuple[jax.Array, _Saved]:
+    return _adjusted(w, a, b, omega, offset, offset_dtype, surrogate), (w, a, b, omega)
 
 
 def _adjusted_bwd(
-    omega: float,
-    offset: Offset,
-    offset_dtype: Any,
-    saved: tuple[QuantizedWeight, jax.Array, jax.Array],
-    g: jax.Array,
-) -> tuple[None, jax.Array | None, jax.Array | None]:
-    w, a, b = saved
-    da, db = adapter_gradients(w, a, b, g, omega=omega, offset=offset)
-    return None, _like(da, a), _like(db, b)
+    offset: Offset, offset_dtype: Any, surrogate: Surrogate, saved: _Saved, g: jax.Array
+) -> tuple[None, jax.Array | None, jax.Array | None, None]:
+    w, a, b, omega = saved
+    da, db = adapter_gradients(w, a, b, g, omega=omega, offset=offset, surrogate=surrogate)
+    return None, _like(da, a), _like(db, b), None
 
 
 def _like(gradient: jax.Array, primal: jax.Array) -> jax.Array | None:
@@ -256,9 +313,10 @@ def adjusted_weight(
     a: jax.Array,
     b: jax.Array,
     *,
-    omega: float,
+    omega: Omega,
     offset: Offset = "reference",
     offset_dtype: Any = jnp.float32,
+    surrogate: Surrogate = "straight",
 ) -> jax.Array:
     """W' = scales * (q + T - zeros + mu), the weight that the adapters make of ``w``.
 
@@ -271,6 +329,7 @@ def adjusted_weight(
         omega: threshold, 0 < omega < rank.
         offset: "reference" (mean of R over omega), "paper" (mean of R) or "none".
         offset_dtype: the type mu will be stored in; mu is rounded to it before it is used.
+        surrogate: of the gradient, see :func:`adapter_gradients`.
 
     Returns:
         (in, out) float32.
@@ -282,9 +341,8 @@ def adjusted_weight(
     Source: paper Eq. 3-5.
     """
     _check_shapes(w, a, b)
-    check_settings(a.shape[-1], omega, offset)
-    # Static, which a NumPy number of no dimension cannot be.
-    return _adjusted(w, a, b, float(omega), offset, offset_dtype)
+    check_settings(a.shape[-1], omega, offset, surrogate)
+    return _adjusted(w, a, b, jnp.asarray(omega, jnp.float32), offset, offset_dtype, surrogate)
 
 
 def merge(
@@ -292,7 +350,7 @@ def merge(
     a: jax.Array,
     b: jax.Array,
     *,
-    omega: float,
+    omega: Omega,
     offset: Offset = "reference",
     offset_dtype: Any = jnp.float32,
 ) -> QuantizedWeight:

@@ -22,7 +22,9 @@ from lotaqaf_jax.ternary import (
     check_settings,
     init_adapter,
     merge,
+    short_parts,
     ternary_step,
+    window,
 )
 from tests.weights import GRIDS, Grid, quantized, random_numbers, random_ternary
 
@@ -65,12 +67,12 @@ every_case = pytest.mark.parametrize(("grid", "rule"), CASES, ids=case_ids)
 seeds = st.integers(0, 2**32 - 1)
 
 
-@functools.partial(jax.jit, static_argnames=("omega", "offset", "offset_dtype"))
+@functools.partial(jax.jit, static_argnames=("offset", "offset_dtype"))
 def jit_adjusted(w: QuantizedWeight, a: jax.Array, b: jax.Array, **rule: Any) -> jax.Array:
     return adjusted_weight(w, a, b, **rule)
 
 
-@functools.partial(jax.jit, static_argnames=("omega", "offset", "offset_dtype"))
+@functools.partial(jax.jit, static_argnames=("offset", "offset_dtype"))
 def jit_merge(w: QuantizedWeight, a: jax.Array, b: jax.Array, **rule: Any) -> QuantizedWeight:
     return merge(w, a, b, **rule)
 
@@ -195,11 +197,12 @@ def test_a_blocked_entry_keeps_its_whole_d_in_the_offset() -> None:
     np.testing.assert_allclose(one_column([15, 0, 1, 2], [4, 4, 4, 4], 3, "reference").offset, [[1.75 / 3]], rtol=1e-7)
 
 
+@pytest.mark.parametrize("surrogate", ["straight", "window"])
 @pytest.mark.parametrize("offset", ["reference", "paper", "none"])
 @settings(max_examples=5, deadline=None)
 @given(seed=seeds)
-def test_gradients_are_those_of_the_straight_through_formula(offset: Any, seed: int) -> None:
-    """dD = s*dW' + c*groupmean(s*dW'), dA = dD B^T, dB = A^T dD in float64, with act-order."""
+def test_gradients_are_those_of_the_formula(offset: Any, surrogate: Any, seed: int) -> None:
+    """dD = h*s*dW' + c*groupmean(s*dW'), dA = dD B^T, dB = A^T dD in float64, with act-order."""
     grid, rank, omega = GRIDS[3], 8, 2.5
     rng = np.random.default_rng(seed)
     numbers = random_numbers(rng, grid)
@@ -211,24 +214,49 @@ def test_gradients_are_those_of_the_straight_through_formula(offset: Any, seed: 
     g = numbers["g_idx"]
     dd = numbers["scales"].astype(np.float64)[g] * dweight
     mean = np.array([dd[g == k].mean(axis=0) for k in range(grid.groups)])[g]
+    if surrogate == "window":
+        d = np.abs(a.astype(np.float64) @ b)
+        bump = np.exp(-(((d - omega) / (0.3 * omega)) ** 2))
+        dd = dd * np.where(d > omega, np.maximum(bump, 0.2), np.maximum(bump, 0.05))
     dd = dd + {"reference": 1 / omega, "paper": 1.0, "none": 0.0}[offset] * mean
     expected = dd @ b.T.astype(np.float64), a.T.astype(np.float64) @ dd
 
-    found = jit_gradients(w, a, b, dweight, omega=omega, offset=offset)
-    pulled = jit_pullback(w, a, b, dweight, omega=omega, offset=offset)
+    rule: Any = {"omega": omega, "offset": offset, "surrogate": surrogate}
+    found = jit_gradients(w, a, b, dweight, **rule)
+    pulled = jit_pullback(w, a, b, dweight, **rule)
     for formula, autodiff, truth in zip(found, pulled, expected, strict=True):
         np.testing.assert_allclose(formula, truth, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(autodiff, formula)
 
 
-@functools.partial(jax.jit, static_argnames=("omega", "offset"))
+@functools.partial(jax.jit, static_argnames=("offset", "surrogate"))
 def jit_gradients(w: QuantizedWeight, a: jax.Array, b: jax.Array, g: jax.Array, **rule: Any) -> Any:
     return adapter_gradients(w, a, b, g, **rule)
 
 
-@functools.partial(jax.jit, static_argnames=("omega", "offset"))
+@functools.partial(jax.jit, static_argnames=("offset", "surrogate"))
 def jit_pullback(w: QuantizedWeight, a: jax.Array, b: jax.Array, g: jax.Array, **rule: Any) -> Any:
     return jax.vjp(lambda a, b: adjusted_weight(w, a, b, **rule), a, b)[1](g)
+
+
+def test_the_window_weighs_the_entries_near_the_threshold() -> None:
+    h = window(jnp.asarray([0.0, 5.0, -9.0, 10.0, -11.0, 40.0]), 10.0)
+    near = np.exp(-((1 / 3) ** 2))
+    np.testing.assert_allclose(h, [0.05, np.exp(-((5 / 3) ** 2)), near, 1, near, 0.2], rtol=1e-6)
+
+
+def test_an_omega_known_only_at_run_time_gives_the_same_bits() -> None:
+    """As a constant of the program, and as an argument, also where three parts of eight bits are needed."""
+    rng = np.random.default_rng(5)
+    grid = GRIDS[1]
+    w = quantized(random_numbers(rng, grid), grid)
+    a, b = random_ternary(rng, grid.n_in, 8), random_ternary(rng, 8, grid.n_out)
+    for omega in (2.0, 2.7182817, 1.1):
+        given = jit_merge(w, a, b, omega=omega)
+        constant = jax.jit(lambda w, a, b, omega=omega: merge(w, a, b, omega=omega))(w, a, b)
+        assert sum(float(part) for part in short_parts(omega)) == np.float32(omega)
+        for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(constant), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_no_gradient_reaches_the_weight() -> None:

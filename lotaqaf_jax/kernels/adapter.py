@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 
 from lotaqaf_jax.qalora import Pool
-from lotaqaf_jax.ternary import Offset
+from lotaqaf_jax.ternary import Offset, Surrogate
 
 __all__ = ["AnyAdapter", "GroupLowRank", "LowRank", "TernaryAdapter", "WeightAdapter"]
 
@@ -24,8 +24,9 @@ class TernaryAdapter:
     """Ternary adapters of one weight matrix and the rule by which they are applied.
 
     ``a`` (in, rank) and ``b`` (rank, out) hold values in {-1, 0, 1}, int8 at rest, float where gradients are taken;
-    ``omega``, ``offset`` and ``offset_dtype`` are static, see :mod:`lotaqaf_jax.ternary`. Arrays may carry leading
-    axes that stack layers. Two more static fields are about the backward pass. ``rebuild`` says whether it builds W'
+    ``omega`` is a number, or a float32 array of no axes. Arrays may carry leading axes that stack layers, ``omega``
+    too. It has no gradient. ``offset`` and ``offset_dtype`` are static, see :mod:`lotaqaf_jax.ternary`. Three more
+    static fields are about the backward pass. ``surrogate`` is the gradient's. ``rebuild`` says whether it builds W'
     again; to keep it instead saves time where the forward pass is itself computed again just before, as under
     ``jax.checkpoint``. ``float8`` lets it round x and dy to 8 bits for the product dW' = x.T @ dy alone, where x
     is bfloat16.
@@ -35,11 +36,12 @@ class TernaryAdapter:
 
     a: jax.Array
     b: jax.Array
-    omega: float = dataclasses.field(metadata={"static": True})
+    omega: float | jax.Array
     offset: Offset = dataclasses.field(metadata={"static": True})
     offset_dtype: Any = dataclasses.field(metadata={"static": True})
     rebuild: bool = dataclasses.field(default=True, metadata={"static": True})
     float8: bool = dataclasses.field(default=False, metadata={"static": True})
+    surrogate: Surrogate = dataclasses.field(default="straight", metadata={"static": True})
 
     @property
     def rank(self) -> int:

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lotaqaf_jax import qalora
-from lotaqaf_jax.kernels.adapter import GroupLowRank, WeightAdapter
+from lotaqaf_jax.kernels.adapter import GroupLowRank, TernaryAdapter, WeightAdapter
 from lotaqaf_jax.kernels.adjust import gpu as adjust
 from lotaqaf_jax.kernels.choose import choose
 from lotaqaf_jax.kernels.float8 import float8_weight_gradient
 from lotaqaf_jax.kernels.gradient import gpu as gradient
 from lotaqaf_jax.kernels.merge import merge_adapter
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import adapter_gradients, adjusted_weight
+from lotaqaf_jax.ternary import adapter_gradients, adjusted_weight, check_settings
 
 __all__ = ["keep_product", "keep_products", "quantized_linear", "weight_matrix"]
 
@@ -91,6 +91,8 @@ def quantized_linear(
     Raises:
         ConfigError: an unknown implementation, or adapter settings out of range.
     """
+    if isinstance(adapter, TernaryAdapter):
+        check_settings(adapter.rank, adapter.omega, adapter.offset, adapter.surrogate)
     return _linear(x, w, adapter, rebuild if adapter is None else adapter.rebuild, choose(implementation))
 
 
@@ -140,10 +142,13 @@ def _linear_bwd(
         dweight = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
     fused = implementation == "triton" and gradient.fits_tiles(w)
     function = gradient.adapter_gradients if fused else adapter_gradients
-    da, db = function(w, adapter.a, adapter.b, dweight, omega=adapter.omega, offset=adapter.offset)
+    rule: Any = {"omega": adapter.omega, "offset": adapter.offset, "surrogate": adapter.surrogate}
+    da, db = function(w, adapter.a, adapter.b, dweight, **rule)
     if factor is not None:
         da, db = da * factor, db * factor
-    return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
+    no_gradient = jnp.zeros_like(adapter.omega)
+    da, db = da.astype(adapter.a.dtype), db.astype(adapter.b.dtype)
+    return dx, None, dataclasses.replace(adapter, a=da, b=db, omega=no_gradient)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -11,6 +11,8 @@ from lotaqaf_jax.models.adapters import (
     linears,
     merge,
     moved_shares,
+    ternary_values,
+    with_omegas,
 )
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Decoder, Recompute
@@ -52,4 +54,6 @@ __all__ = [
     "moved_shares",
     "preset",
     "round_lora",
+    "ternary_values",
+    "with_omegas",
 ]

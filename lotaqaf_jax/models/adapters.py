@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.layers import Adapter, Linear
 from lotaqaf_jax.models.spec import PROJECTIONS
 from lotaqaf_jax.quant.weight import QuantizedWeight
-from lotaqaf_jax.ternary import Offset, check_settings, init_adapter
+from lotaqaf_jax.ternary import Offset, Surrogate, check_settings, init_adapter
+from lotaqaf_jax.thresholds import check_share, omega_of_share
 
 __all__ = [
     "TARGET_MODULES",
@@ -34,7 +35,9 @@ __all__ = [
     "merge",
     "moved_shares",
     "offset_type",
+    "ternary_values",
     "with_adapters",
+    "with_omegas",
 ]
 
 TARGET_MODULES = tuple(path.split(".")[1] for path in PROJECTIONS)
@@ -95,13 +98,14 @@ def add_adapters(
     seed: int = 0,
     offset_dtype: Any = jnp.float32,
     float8: bool = False,
+    surrogate: Surrogate = "straight",
 ) -> Decoder:
     """Put fresh ternary adapters on the quantised projections of ``model``; its output stays the same bit for bit.
 
     Args:
         model: a decoder with packed weights, without adapters.
         rank: inner size of the adapters.
-        omega: threshold; None for the published 0.75 * rank.
+        omega: threshold; None for the published 0.75 * rank. :func:`with_omegas` gives every matrix its own.
         offset: "reference", "paper" or "none"; see :mod:`lotaqaf_jax.ternary`.
         target_modules: names of the projections to adapt, of :data:`TARGET_MODULES`. A projection that is held in
             16 bit has no integers to move and is passed over.
@@ -109,6 +113,8 @@ def add_adapters(
         offset_dtype: the type mu will be stored in: float32, bfloat16 or float16.
         float8: take the adapters' gradients from a product of numbers of 8 bits, see
             :mod:`lotaqaf_jax.kernels.float8`; where activations are bfloat16.
+        surrogate: how the gradient passes the threshold, "straight" or "window"; see
+            :func:`lotaqaf_jax.ternary.adapter_gradients`.
 
     Returns:
         A new model over the same weights, with int8 adapters.
@@ -118,12 +124,13 @@ def add_adapters(
         AdapterError: the model has adapters already, or a merged offset.
     """
     omega = 0.75 * rank if omega is None else omega
-    check_settings(rank, omega, offset)
+    check_settings(rank, omega, offset, surrogate)
     dtype = offset_type(offset_dtype)
 
     def fresh(linear: Linear, labels: jax.Array) -> TernaryAdapter:
         a, b = init_stack(init_adapter, seed, labels, *linear.packed.shape, rank)
-        return TernaryAdapter(a, b, float(omega), offset, dtype, float8=float8)
+        omegas = jnp.full(len(labels), omega, jnp.float32)
+        return TernaryAdapter(a, b, omegas, offset, dtype, float8=float8, surrogate=surrogate)
 
     return with_adapters(model, target_modules, fresh)
 
@@ -155,6 +162,38 @@ def with_adapters(
             "to move. Pass a GPTQ checkpoint."
         )
     return model
+
+
+Adapters = TypeVar("Adapters")
+
+
+def with_omegas(adapters: Adapters, share: float | jax.Array) -> Adapters:
+    """Ternary adapters with the omega of every matrix set so that ``share`` of the entries of A @ B pass it.
+
+    Args:
+        adapters: a pytree of them, such as the state of a model's adapters.
+        share: in (0, 1), or a traced number; see :func:`lotaqaf_jax.thresholds.omega_of_share`.
+
+    Returns:
+        The same with other omegas; what is not ternary stays as it is.
+
+    Raises:
+        ConfigError: a share out of range.
+    """
+    if not isinstance(share, jax.Array):
+        check_share(share)
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, TernaryAdapter):
+            return node
+        return dataclasses.replace(node, omega=omega_of_share(node.a, node.b, share))
+
+    return jax.tree.map(one, adapters, is_leaf=lambda node: isinstance(node, TernaryAdapter))
+
+
+def ternary_values(adapters: Any) -> Any:
+    """Which leaves of a pytree an optimizer of ternary values is for: A and B, and not omega; for ``optax.masked``."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "name", None) != "omega", adapters)
 
 
 def offset_type(offset_dtype: Any) -> Any:

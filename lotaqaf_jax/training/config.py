@@ -20,16 +20,24 @@ from lotaqaf_jax.lora import check_settings as check_low_rank
 from lotaqaf_jax.models import KNOWN_MODELS
 from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.pretrained import default_dtype
-from lotaqaf_jax.ternary import check_settings
+from lotaqaf_jax.ternary import Offset, Surrogate, check_settings
+from lotaqaf_jax.thresholds import check_share
+from lotaqaf_jax.training.adamw import Scheduler
 
 __all__ = ["MethodName", "TrainConfig", "parse_config"]
 
 MethodName = Literal["lota", "lora", "qalora"]
+Recipe = Literal["recommended", "published"]
+OptimizerName = Literal["ternary_adam", "t_signsgd"]
 
 _LOTA: tuple[MethodName, ...] = ("lota",)
 _LOW_RANK: tuple[MethodName, ...] = ("lora", "qalora")
 _ONLY: dict[str, tuple[MethodName, ...]] = {
+    "recipe": _LOTA,
+    "optimizer": _LOTA,
+    "moved": _LOTA,
     "omega": _LOTA,
+    "surrogate": _LOTA,
     "offset": _LOTA,
     "offset_dtype": ("lota", "qalora"),
     "sigma_schedule": _LOTA,
@@ -37,13 +45,17 @@ _ONLY: dict[str, tuple[MethodName, ...]] = {
     "float8": _LOTA,
     "lora_alpha": _LOW_RANK,
     "qalora_pool": ("qalora",),
-    "learning_rate": _LOW_RANK,
-    "lr_scheduler_type": _LOW_RANK,
-    "warmup_ratio": _LOW_RANK,
     "max_grad_norm": _LOW_RANK,
     "weight_decay": _LOW_RANK,
 }
 """Settings that not every method has, with the methods that do, which their help begins with."""
+
+_RATE = ("learning_rate", "lr_scheduler_type", "warmup_ratio")
+_OF_OPTIMIZERS: dict[OptimizerName, tuple[str, ...]] = {"ternary_adam": _RATE, "t_signsgd": ("sigma_schedule", "beta")}
+"""Settings that only one of LoTA-QAF's optimizers has."""
+
+SHARE, RATE = 0.04, 0.1
+"""Of the recommended recipe: the share of entries that pass the threshold, and ternary_adam's learning rate."""
 
 
 def _help(text: str, default: Any) -> Any:
@@ -79,8 +91,32 @@ class TrainConfig:
     packing: bool = _help("put several examples into a row; they do not see each other", False)
 
     lora_r: int | None = _help("rank of the adapters; none: the paper's for the model, or 64", None)
-    omega: float | None = _help("lota: threshold on |A@B| above which an integer moves; none: 0.75 * lora_r", None)
-    offset: Literal["reference", "paper", "none"] = _help("lota: rule of the zero-point offset mu", "reference")
+    recipe: Recipe = _help(
+        "lota: what optimizer, surrogate, offset and threshold are where they are not given; recommended: ternary_adam, "
+        f"window, none and --moved {SHARE}; published: t_signsgd, straight, reference and --omega 0.75 * lora_r",
+        "recommended",
+    )
+    optimizer: OptimizerName | None = _help(
+        "lota: ternary_adam collects small steps until a value flips, t_signsgd flips the largest gradients' values; "
+        "none: the recipe's",
+        None,
+    )
+    moved: float | None = _help(
+        "lota: share of the integers that may move: sets the threshold on |A@B| of every matrix anew in every step; "
+        "none: the recipe's, unless omega is given",
+        None,
+    )
+    omega: float | None = _help(
+        "lota: threshold on |A@B| above which an integer moves, the same for all matrices; none: by moved", None
+    )
+    surrogate: Literal["straight", "window"] | None = _help(
+        "lota: gradient through the threshold; straight: as if it were not there, window: most of it from entries near "
+        "it; none: the recipe's",
+        None,
+    )
+    offset: Literal["reference", "paper", "none"] | None = _help(
+        "lota: rule of the zero-point offset mu; left out: the recipe's", None
+    )
     offset_dtype: Literal["float32", "float16", "bfloat16"] = _help(
         "lota, qalora: type that mu is stored in", "float32"
     )
@@ -92,17 +128,21 @@ class TrainConfig:
         "projections to adapt",
         list(TARGET_MODULES),
     )
-    sigma_schedule: Literal["reference", "paper"] = _help("lota: schedule of the gradient quantile", "reference")
-    beta: float = _help("lota: average gradients over steps before sign and threshold; 0: the published rule", 0.0)
+    sigma_schedule: Literal["reference", "paper"] = _help(
+        "lota: schedule of the gradient quantile of t_signsgd", "reference"
+    )
+    beta: float = _help("lota: t_signsgd averages gradients over steps before sign and quantile; 0: as published", 0.0)
     learning_rate: float | None = _help(
-        "lora, qalora: AdamW's; none: the published 5e-4, or 1e-4 for known models of 32B and more, on alpaca 1e-5 and "
-        "5e-6",
+        f"of AdamW and ternary_adam; none: for lota {RATE}, where 1 is the way from one ternary value to the next; for "
+        "lora and qalora the published 5e-4, or 1e-4 for known models of 32B and more, on alpaca 1e-5 and 5e-6",
         None,
     )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = _help(
-        "lora, qalora: what the learning rate does after the warmup: stay, or fall to 0 at the last step", "constant"
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] | None = _help(
+        "what the learning rate does after the warmup: stay, or fall to 0 at the last step; none: cosine for lota, "
+        "constant for lora and qalora",
+        None,
     )
-    warmup_ratio: float = _help("lora, qalora: share of the steps over which the learning rate rises from 0", 0.0)
+    warmup_ratio: float = _help("share of the steps over which the learning rate rises from 0", 0.0)
     max_grad_norm: float = _help(
         "lora, qalora: gradients are scaled down to this norm over all adapters; 0: never", 0.3
     )
@@ -171,10 +211,24 @@ class TrainConfig:
         given = [f.name for f in dataclasses.fields(self) if f.default != getattr(self, f.name)]
         check_method(self.method, given)
         if self.method == "lota":
-            check_settings(self.rank, self.threshold, self.offset)
+            self._check_lota(given)
         else:
             check_low_rank(self.rank, self.alpha)
         check_targets(self.target_modules)
+
+    def _check_lota(self, given: Sequence[str]) -> None:
+        if self.moved is not None and self.omega is not None:
+            raise ConfigError("--moved and --omega both set the threshold; leave one of them out.")
+        for optimizer, names in _OF_OPTIMIZERS.items():
+            for name in names:
+                if name in given and self.ternary_optimizer != optimizer:
+                    raise ConfigError(
+                        f"--{name}: is a setting of --optimizer {optimizer}, found with {self.ternary_optimizer}. Leave it "
+                        f"out, or pass --optimizer {optimizer}."
+                    )
+        if self.share is not None:
+            check_share(self.share)
+        check_settings(self.rank, self.threshold, self.offset_rule, self.gradient)
 
     @property
     def accumulation(self) -> int:
@@ -214,9 +268,38 @@ class TrainConfig:
         return self.method == "lota" and wanted and jnp.dtype(self.compute_dtype) == jnp.bfloat16
 
     @property
+    def ternary_optimizer(self) -> OptimizerName:
+        """``optimizer``, or the recipe's."""
+        return self.optimizer or ("ternary_adam" if self.recipe == "recommended" else "t_signsgd")
+
+    @property
+    def gradient(self) -> Surrogate:
+        """``surrogate``, or the recipe's."""
+        return self.surrogate or ("window" if self.recipe == "recommended" else "straight")
+
+    @property
+    def offset_rule(self) -> Offset:
+        """``offset``, or the recipe's."""
+        return self.offset or ("none" if self.recipe == "recommended" else "reference")
+
+    @property
+    def share(self) -> float | None:
+        """``moved``, or the recipe's; None where omega is a number."""
+        if self.moved is not None:
+            return self.moved
+        return SHARE if self.recipe == "recommended" and self.omega is None else None
+
+    @property
     def threshold(self) -> float:
-        """``omega``, or the published 0.75 * rank."""
+        """``omega``, or the published 0.75 * rank; the least that is possible where :attr:`share` sets it."""
+        if self.share is not None:
+            return 1.0
         return 0.75 * self.rank if self.omega is None else self.omega
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """``lr_scheduler_type``, or the method's."""
+        return self.lr_scheduler_type or ("cosine" if self.method == "lota" else "constant")
 
     @property
     def alpha(self) -> float:
@@ -225,9 +308,11 @@ class TrainConfig:
 
     @property
     def peak_rate(self) -> float:
-        """``learning_rate``, or the published one for the model's size and the data."""
+        """``learning_rate``, or the recommended one, or the published one for the model's size and the data."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.method == "lota":
+            return RATE
         known = KNOWN_MODELS.get(str(self.model).lower())
         large = known is not None and known.large
         if str(self.dataset).partition(":")[0] == "alpaca":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from tqdm import tqdm
 
@@ -71,7 +71,7 @@ def train(
     total = config.max_steps if config.max_steps > 0 else data.num_steps(config.num_train_epochs)
     method = method_of(config)
     optimizer = method.optimizer(config, total)
-    rates = None if method.rates is None else method.rates(config, total)
+    rates, share = method.rates(config, total), method.share(config, total)
     graph, adapters, frozen = split_model(model)
     # Copied, because the step donates its state and the caller's model must stay whole.
     adapters = jax.tree.map(jnp.copy, adapters)
@@ -111,7 +111,8 @@ def train(
     try:
         with StopSignal() as stop, log, bar:
             if first < total:
-                compiled = _compile(graph, optimizer, config, (state, frozen, data.train.peek(0)))
+                make = functools.partial(make_train_step, graph, optimizer, share=share)
+                compiled = _compile(make, config, (state, frozen, data.train.peek(0)))
             if first == 0:
                 look(0)
             feed = Feed(data.train, total - first)
@@ -142,13 +143,11 @@ def train(
     return current()
 
 
-def _compile(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, arguments: tuple[Any, Any, Any]
-) -> CompiledStep:
+def _compile(make: Callable[..., Any], config: TrainConfig, arguments: tuple[Any, Any, Any]) -> CompiledStep:
     """The step, compiled for ``arguments``, with the least recomputing that fits if the settings leave it open."""
 
     def compiled(way: Recompute) -> CompiledStep:
-        jitted = make_train_step(graph, optimizer, accumulate=config.accumulation, recompute=way, packed=config.packing)
+        jitted = make(accumulate=config.accumulation, recompute=way, packed=config.packing)
         return CompiledStep(jitted, *arguments)
 
     started = time.perf_counter()

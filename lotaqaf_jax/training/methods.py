@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from lotaqaf_jax.models import Decoder, add_adapters, add_lora, add_qalora
-from lotaqaf_jax.optim import t_signsgd
+from lotaqaf_jax.models import Decoder, add_adapters, add_lora, add_qalora, ternary_values
+from lotaqaf_jax.optim import t_signsgd, ternary_adam
+from lotaqaf_jax.thresholds import ramped_share
 from lotaqaf_jax.training.adamw import adamw, learning_rates
 from lotaqaf_jax.training.config import MethodName, TrainConfig
 
@@ -26,7 +28,8 @@ class Method:
         adapters: (settings) -> what the adapters are, for people.
         optimization: (settings) -> the same of the optimizer.
         merges: whether the adapters can be merged into a GPTQ checkpoint.
-        rates: (settings, steps in all) -> the learning rate by the steps done; None where there is no such thing.
+        rates: (settings, steps in all) -> the learning rate by the steps done, or None where there is no such thing.
+        share: (settings, steps in all) -> the share of integers that may move by step, or None where it is not given.
     """
 
     adapt: Callable[[Decoder, TrainConfig], Decoder]
@@ -34,19 +37,21 @@ class Method:
     adapters: Callable[[TrainConfig], str]
     optimization: Callable[[TrainConfig], str]
     merges: bool = True
-    rates: Callable[[TrainConfig, int], optax.Schedule] | None = None
+    rates: Callable[[TrainConfig, int], optax.Schedule | None] = lambda config, steps: None
+    share: Callable[[TrainConfig, int], Callable[[jax.Array], jax.Array] | None] = lambda config, steps: None
 
 
 def _add_ternary(model: Decoder, config: TrainConfig) -> Decoder:
     return add_adapters(
         model,
         rank=config.rank,
-        omega=config.omega,
-        offset=config.offset,
+        omega=config.threshold,
+        offset=config.offset_rule,
         target_modules=config.target_modules,
         seed=config.seed,
         offset_dtype=config.offset_dtype,
         float8=config.takes_float8,
+        surrogate=config.gradient,
     )
 
 
@@ -68,7 +73,7 @@ def _add_qalora(model: Decoder, config: TrainConfig) -> Decoder:
 
 def _rates(config: TrainConfig, total_steps: int) -> optax.Schedule:
     return learning_rates(
-        config.peak_rate, total_steps, scheduler=config.lr_scheduler_type, warmup_ratio=config.warmup_ratio
+        config.peak_rate, total_steps, scheduler=config.scheduler, warmup_ratio=config.warmup_ratio
     )
 
 
@@ -77,14 +82,44 @@ def _adamw(config: TrainConfig, total_steps: int) -> optax.GradientTransformatio
     return adamw(rates, max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay)
 
 
-def _t_signsgd(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
-    return t_signsgd(total_steps, config.sigma_schedule, beta=config.beta or None, stacked_axes=1)
+def _ternary_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    if config.ternary_optimizer == "ternary_adam":
+        steps = ternary_adam(_rates(config, total_steps))
+    else:
+        steps = t_signsgd(total_steps, config.sigma_schedule, beta=config.beta or None, stacked_axes=1)
+    return optax.masked(steps, ternary_values)
+
+
+def _ternary_rates(config: TrainConfig, total_steps: int) -> optax.Schedule | None:
+    return _rates(config, total_steps) if config.ternary_optimizer == "ternary_adam" else None
+
+
+def _ternary_share(config: TrainConfig, total_steps: int) -> Callable[[jax.Array], jax.Array] | None:
+    share = config.share
+    return None if share is None else lambda step: ramped_share(share, step, total_steps)
+
+
+def _about_adapters(config: TrainConfig) -> str:
+    threshold = f"omega {config.threshold:g}" if config.share is None else f"omega for {100 * config.share:g} % to move"
+    offset = "no offset" if config.offset_rule == "none" else f"offset {config.offset_rule} in {config.offset_dtype}"
+    return f"rank {config.rank}, {threshold}, {offset}"
+
+
+def _about_ternary(config: TrainConfig) -> str:
+    if config.ternary_optimizer == "ternary_adam":
+        rule = f"ternary Adam, learning rate {config.peak_rate:g} {config.scheduler}{_about_warmup(config)}"
+    else:
+        rule = f"t-SignSGD, schedule {config.sigma_schedule}, beta {config.beta:g}"
+    return f"{rule}, gradient {config.gradient}"
+
+
+def _about_warmup(config: TrainConfig) -> str:
+    return f" after {config.warmup_ratio:.3g} of the steps" if config.warmup_ratio else ""
 
 
 def _about_adamw(config: TrainConfig) -> str:
-    warmup = f" after {config.warmup_ratio:.3g} of the steps" if config.warmup_ratio else ""
     return (
-        f"AdamW, learning rate {config.peak_rate:g} {config.lr_scheduler_type}{warmup}, gradient norm up to "
+        f"AdamW, learning rate {config.peak_rate:g} {config.scheduler}{_about_warmup(config)}, gradient norm up to "
         f"{config.max_grad_norm:g}, weight decay {config.weight_decay:g}"
     )
 
@@ -92,11 +127,11 @@ def _about_adamw(config: TrainConfig) -> str:
 METHODS: dict[MethodName, Method] = {
     "lota": Method(
         adapt=_add_ternary,
-        optimizer=_t_signsgd,
-        adapters=lambda config: (
-            f"rank {config.rank}, omega {config.threshold:g}, offset {config.offset} in {config.offset_dtype}"
-        ),
-        optimization=lambda config: f"t-SignSGD, schedule {config.sigma_schedule}, beta {config.beta:g}",
+        optimizer=_ternary_optimizer,
+        adapters=_about_adapters,
+        optimization=_about_ternary,
+        rates=_ternary_rates,
+        share=_ternary_share,
     ),
     "lora": Method(
         adapt=_add_lora,

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from lotaqaf_jax.data import IGNORE
-from lotaqaf_jax.models import Adapter, Decoder, Recompute, adapted_linears
+from lotaqaf_jax.models import Adapter, Decoder, Recompute, adapted_linears, with_omegas
 from lotaqaf_jax.training.loss import summed_loss
 
 __all__ = ["Metrics", "TrainState", "make_train_step", "nonfinite_tensors", "split_model"]
@@ -57,6 +57,7 @@ def make_train_step(
     accumulate: int = 1,
     recompute: Recompute = "block",
     packed: bool = True,
+    share: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, nnx.State, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Build the jitted training step.
 
@@ -70,6 +71,7 @@ def make_train_step(
         accumulate: number of parts that the batch is cut into along its rows, computed one after the other.
         recompute: what the backward pass computes again, see :meth:`lotaqaf_jax.models.Decoder.hidden_states`.
         packed: whether a row may hold several examples, which takes a mask over all pairs of tokens.
+        share: t -> the share of entries of A @ B that pass omega in step t = 1, 2, ...; None leaves omega as it is.
 
     Returns:
         (state, frozen, batch) -> (state, metrics). ``state`` is donated. ``batch`` holds arrays (accumulate *
@@ -98,7 +100,9 @@ def make_train_step(
         gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
-        squares = jax.tree.map(lambda gradient: jnp.square(gradient).sum(axis=(-2, -1)), gradients)
+        if share is not None:
+            adapters = with_omegas(adapters, share(state.step + 2))  # That of the step to come.
+        squares = jax.tree.map(_squares, gradients)
         metrics = Metrics(
             loss=loss / targets,
             grad_norm=jnp.sqrt(sum(leaf.sum() for leaf in jax.tree.leaves(squares))),
@@ -111,12 +115,15 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
 
 
+def _squares(gradient: jax.Array) -> jax.Array:
+    """The sum of squares of every matrix; omega has no gradient."""
+    return jnp.square(gradient).sum(axis=(-2, -1)) if gradient.ndim > 1 else jnp.zeros_like(gradient)
+
+
 def _moved(updates: nnx.State) -> jax.Array | None:
-    """How many ternary values an update moves, each by one; None where adapters are floats, which all move a little."""
-    leaves = jax.tree.leaves(updates)
-    if not all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves):
-        return None
-    return sum((jnp.abs(leaf).astype(jnp.int32).sum() for leaf in leaves), jnp.int32(0))
+    """How many ternary values an update moves; None where adapters are floats, which all move a little."""
+    leaves = [leaf for leaf in jax.tree.leaves(updates) if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    return sum(((leaf != 0).sum(dtype=jnp.int32) for leaf in leaves), jnp.int32(0)) if leaves else None
 
 
 def _compiler_options() -> dict[str, bool] | None:

@@ -89,7 +89,9 @@ def main() -> None:
         narrow = quantized(random_numbers(rng, narrow), narrow)
         if gradient.fits_tiles(w):
             for dtype in (jnp.bfloat16, jnp.float32):
-                gradient.adapter_gradients(w, a, b, jnp.zeros(w.shape, dtype), omega=14.0, offset="reference")
+                for surrogate in ("straight", "window"):
+                    rule: Any = {"omega": 14.0, "offset": "reference", "surrogate": surrogate}
+                    gradient.adapter_gradients(w, a, b, jnp.zeros(w.shape, dtype), **rule)
             for rows, weights in ((1, [w]), (64, [w]), (128, [w]), (1, [w, narrow, narrow])):
                 matmul.matmul(jnp.zeros((rows, grid.n_in), jnp.bfloat16), weights, [None] * len(weights), None)
     for batch, slots in ((64, 128), (1, 2048)):

@@ -9,7 +9,6 @@ sums. Ranks whose sums float16 does not hold take a plain merge. Nothing of the 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -108,7 +107,7 @@ def _packed(
         _inverse(w, adapter),
         w.scales,
         w.zeros,
-        *_thresholds(adapter.omega),
+        _thresholds(adapter.omega),
         out=[*out, jax.ShapeDtypeStruct((1, 1) if weight is None else w.shape, weight or jnp.float32)],
         grid=grid,
         **settings,
@@ -128,7 +127,7 @@ def _plain(w: QuantizedWeight, adapter: TernaryAdapter, blocks: AdjustBlocks, *,
         adapter.a.astype(jnp.float16),
         adapter.b.astype(jnp.float16),
         _inverse(w, adapter),
-        *_thresholds(adapter.omega),
+        _thresholds(adapter.omega),
         out=out,
         grid=grid,
         **settings,
@@ -143,9 +142,10 @@ def _inverse(w: QuantizedWeight, adapter: TernaryAdapter) -> jax.Array:
     return inverse_rows(w, adapter.omega, adapter.offset)
 
 
-def _thresholds(omega: float) -> list[float]:
-    """What |D| must pass, and omega in parts."""
-    return [float(math.floor(omega)), *[*short_parts(omega), 0.0, 0.0][:3]]
+def _thresholds(omega: float | jax.Array) -> jax.Array:
+    """What |D| must pass, and omega in three parts, (4,) float32."""
+    omega = jnp.asarray(omega, jnp.float32)
+    return jnp.stack([jnp.floor(omega), *short_parts(omega)])
 
 
 def _tiles(
@@ -174,7 +174,6 @@ def _tiles(
         "VALUES": values,
         "RANK": padded(adapter.rank),
         "OFFSET": offset,
-        "PARTS": len(short_parts(adapter.omega)),
         "DROP": 23 - min(jnp.finfo(dtype).nmant, 22),
         "FLUSH": jnp.dtype(dtype) == jnp.float16,
         "COUNT": count,

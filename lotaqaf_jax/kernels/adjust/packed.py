@@ -214,19 +214,18 @@ def _put_part(x0, x1, x2, x3, x, i: tl.constexpr):
 
 @triton.jit
 def packed_kernel(
-    words_ptr, a_ptr, b_ptr, inverse_ptr, scales_ptr, zeros_ptr,
-    limit, part0, part1, part2,
+    words_ptr, a_ptr, b_ptr, inverse_ptr, scales_ptr, zeros_ptr, omega_ptr,
     new_words_ptr, offset_ptr, moved_ptr, weight_ptr,
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
-    OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
+    OFFSET: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
     COUNT: tl.constexpr, WEIGHT: tl.constexpr, INTERPRET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile: with WEIGHT its adjusted weight, else its merged words and, with OFFSET, its mu.
 
     With OFFSET the tile holds whole groups of GROUP consecutive rows; otherwise a group may be any multiple of two
-    periods. ``a`` is (tiles, VALUES, BLOCK_P, RANK).
+    periods. ``a`` is (tiles, VALUES, BLOCK_P, RANK), ``omega`` what |D| must pass, and omega in three parts.
     """
     tile = tl.program_id(1)
     period = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -250,7 +249,7 @@ def packed_kernel(
     PART: tl.constexpr = 9 if BITS == 3 else 8
     sum_d = tl.zeros((BLOCK_N, BLOCK_P // 2), tl.uint32)
     sum_t, moved = sum_d, sum_d
-    limits = _pack(-tl.full((BLOCK_N, BLOCK_P), limit, tl.float16), INTERPRET)
+    limits = _pack(tl.full((BLOCK_N, BLOCK_P), -tl.load(omega_ptr), tl.float16), INTERPRET)
     for j in tl.static_range(VALUES):
         dj = _value(d, j, VALUES)
         x = _part(x0, x1, x2, x3, j * BITS // PART)
@@ -285,7 +284,7 @@ def packed_kernel(
     if OFFSET:
         taken = tl.dot(_unpack(sum_t, INTERPRET), ones)
         inverse = tl.load(inverse_ptr + group, mask=group < groups, other=0.0)
-        mu = without_steps(total, taken, part0, part1, part2, PARTS) * inverse[None, :]
+        mu = without_steps(total, taken, omega_ptr) * inverse[None, :]
         mu = short_float(mu, DROP, FLUSH)
         if not WEIGHT:
             leads = (period * VALUES % GROUP == 0)[None, :]

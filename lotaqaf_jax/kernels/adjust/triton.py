@@ -120,13 +120,11 @@ def _by_group(per_period, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def without_steps(total, taken, part0, part1, part2, PARTS: tl.constexpr):
-    """sum of D - omega * sum of T, with omega in PARTS parts whose products with ``taken`` are exact."""
-    total -= part0 * taken
-    if PARTS > 1:
-        total -= part1 * taken
-    if PARTS > 2:
-        total -= part2 * taken
+def without_steps(total, taken, omega_ptr):
+    """sum of D - omega * sum of T, with omega in three parts, from 1 on, whose products with ``taken`` are exact."""
+    total -= tl.load(omega_ptr + 1) * taken
+    total -= tl.load(omega_ptr + 2) * taken
+    total -= tl.load(omega_ptr + 3) * taken
     return total
 
 
@@ -154,18 +152,18 @@ def affine(q, z, s, mu, OFFSET: tl.constexpr):
 
 @triton.jit
 def merge_kernel(
-    words_ptr, a_ptr, b_ptr, inverse_ptr,
-    limit, part0, part1, part2,
+    words_ptr, a_ptr, b_ptr, inverse_ptr, omega_ptr,
     new_words_ptr, offset_ptr, moved_ptr,
     K: tl.constexpr, N: tl.constexpr, words: tl.constexpr, groups: tl.constexpr, rank: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr,
-    OFFSET: tl.constexpr, PARTS: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
+    OFFSET: tl.constexpr, DROP: tl.constexpr, FLUSH: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Merged words of one tile, and its offset, for which it holds whole groups of GROUP consecutive rows.
 
-    Without OFFSET no group matters, and GROUP is not looked at. The new words may lie where the old ones are.
+    ``omega`` is what |D| must pass, and omega in three parts. Without OFFSET no group matters, and GROUP is not looked
+    at. The new words may lie where the old ones are.
     """
     tile = tl.program_id(1)
     period = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -173,7 +171,7 @@ def merge_kernel(
     mask_n = n < N
     w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
     n0, n1, n2, sum_d, sum_t, moved = _take_steps(
-        w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, limit, BITS, VALUES, RANK, BLOCK_P, BLOCK_N
+        w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, tl.load(omega_ptr), BITS, VALUES, RANK, BLOCK_P, BLOCK_N
     )
     _store_words(new_words_ptr, n0, n1, n2, period, n, mask_n, words, N, WORDS)
     if COUNT:
@@ -186,7 +184,7 @@ def merge_kernel(
         taken = _by_group(sum_t, GROUPS, BLOCK_P, BLOCK_N)
         group = tile * GROUPS + tl.arange(0, GROUPS)
         first = group < groups
-        total = without_steps(total, taken, part0, part1, part2, PARTS)
+        total = without_steps(total, taken, omega_ptr)
         inverse = tl.load(inverse_ptr + group, mask=first, other=0.0)
         mu = short_float(total * inverse[:, None], DROP, FLUSH)
         at = offset_ptr + group[:, None] * N + n[None, :]

@@ -1,8 +1,8 @@
 """Triton kernels of the adapters' gradients, from the gradient of the weight, which each of them reads once.
 
-    P = (s * dW') @ B.T   (in, rank),      Q = (A + m).T @ (s * dW')   (rank, out)
+    P = (h * s * dW') @ B.T   (in, rank),      Q = A.T @ (h * s * dW') + m.T @ (s * dW')   (rank, out)
 
-with m, equal in all rows of a group, the offset's part (see :mod:`.gpu`). What P sums over, the columns, have a scale
+with h = 1 or, with WINDOW, :func:`lotaqaf_jax.ternary.window` of a tile of D = A @ B, and m, equal in all rows of a group, the offset's part (see :mod:`.gpu`). What P sums over, the columns, have a scale
 each, so that s * dW' is made, a tile at a time, and never written. What Q sums over, the rows of a group, have one: the
 sum of a tile is multiplied instead. A program adds up a part of a product, and XLA the parts, in the same order in
 every run.
@@ -17,12 +17,20 @@ __all__ = ["left_kernel", "right_kernel"]
 
 
 @triton.jit
+def _window(d, omega, WIDTH: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr):
+    """h(|D|), see :func:`lotaqaf_jax.ternary.window`."""
+    size = tl.abs(d)
+    distance = (size - omega) / (WIDTH * omega)
+    return tl.maximum(tl.exp(-distance * distance), tl.where(size > omega, ABOVE, BELOW))
+
+
+@triton.jit
 def left_kernel(
-    dweight_ptr, scales_ptr, b_ptr,
+    dweight_ptr, scales_ptr, a_ptr, b_ptr, omega_ptr,
     p_ptr,
     K: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, rank: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of P, which lie in one group or hold whole groups, over ROUNDS times COLUMNS columns."""
     PARTS: tl.constexpr = max(1, ROWS // GROUP)
@@ -30,6 +38,12 @@ def left_kernel(
     start = tl.program_id(0) * ROWS + tl.arange(0, PARTS) * (ROWS // PARTS)
     r = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
+    if WINDOW:
+        place = a_ptr + row[:, None] * rank + r[None, :]
+        a = tl.load(place, mask=(r < rank)[None, :] & (row < K)[:, None], other=0.0)
+        omega = tl.load(omega_ptr)
+        if INTERPRET:
+            a = a.to(tl.float32)
     for i in range(ROUNDS):
         n = (tl.program_id(1) * ROUNDS + i) * COLUMNS + tl.arange(0, COLUMNS)
         # (columns, rank), as the product wants it
@@ -43,9 +57,14 @@ def left_kernel(
         else:
             scaled = tl.reshape(dweight.to(tl.float32), (PARTS, ROWS // PARTS, COLUMNS)) * s[:, None, :]
             scaled = tl.reshape(scaled, (ROWS, COLUMNS))
-        scaled = scaled.to(b.dtype)
+        kind: tl.constexpr = b.dtype
         if INTERPRET:  # which has no product of bfloat16
-            scaled, b = scaled.to(tl.float32), b.to(tl.float32)
+            b = b.to(tl.float32)
+        if WINDOW:
+            # Whole numbers, which TF32 holds.
+            d = tl.dot(a, tl.trans(b), input_precision="tf32")
+            scaled *= _window(d, omega, WIDTH, BELOW, ABOVE)
+        scaled = scaled.to(kind).to(b.dtype)
         total = tl.dot(scaled, b, total, input_precision="tf32x3")
     at = p_ptr + (tl.program_id(1) * K + row)[:, None] * rank + r[None, :]
     tl.store(at, total, mask=(row < K)[:, None] & (r < rank)[None, :])
@@ -53,16 +72,22 @@ def left_kernel(
 
 @triton.jit
 def right_kernel(
-    dweight_ptr, scales_ptr, a_ptr, mean_ptr,
+    dweight_ptr, scales_ptr, a_ptr, b_ptr, mean_ptr, omega_ptr,
     q_ptr,
     K: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, rank: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDS: tl.constexpr,
-    MEAN: tl.constexpr, INTERPRET: tl.constexpr,
+    MEAN: tl.constexpr,
+    WINDOW: tl.constexpr, WIDTH: tl.constexpr, BELOW: tl.constexpr, ABOVE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of Q over ROUNDS times ROWS rows of one group; ``mean`` holds m, a row for every group."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, RANK)
     total = tl.zeros((RANK, COLUMNS), tl.float32)
+    if WINDOW:
+        b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=(r < rank)[:, None] & (n < N)[None, :], other=0.0)
+        omega = tl.load(omega_ptr)
+        if INTERPRET:
+            b = b.to(tl.float32)
     for i in range(ROUNDS):
         first = (tl.program_id(1) * ROUNDS + i) * ROWS
         row = first + tl.arange(0, ROWS)
@@ -72,9 +97,14 @@ def right_kernel(
         at = row.to(tl.int64)[:, None] * N + n[None, :]
         dweight = tl.load(dweight_ptr + at, mask=(row < K)[:, None] & (n < N)[None, :], other=0.0)
         s = tl.load(scales_ptr + group * N + n, mask=(n < N) & (first < K), other=0.0).to(tl.float32)
+        kind: tl.constexpr = a.dtype
         if INTERPRET:
             dweight, a = dweight.to(tl.float32), a.to(tl.float32)
-        part = tl.dot(a, dweight, input_precision="tf32x3")
+        seen = dweight
+        if WINDOW:
+            d = tl.dot(tl.trans(a), b, input_precision="tf32")
+            seen = (dweight.to(tl.float32) * _window(d, omega, WIDTH, BELOW, ABOVE)).to(kind).to(a.dtype)
+        part = tl.dot(a, seen, input_precision="tf32x3")
         if MEAN:
             # A product of its own: a sum of A and m in 16 bits would round m away.
             m = tl.load(mean_ptr + group * rank + r, mask=(r < rank) & (first < K), other=0.0).to(a.dtype)
