@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lotaqaf_jax.optim.checks import check_grads, check_ternary, check_type, is_none, name
 from lotaqaf_jax.optim.quantile import kth_largest, lower_neighbour
 from lotaqaf_jax.optim.schedules import (
     Schedule,
@@ -152,9 +153,9 @@ def t_signsgd(
 
     def init(params: Any) -> TSignSGDState:
         for path, param in jax.tree_util.tree_leaves_with_path(params):
-            _check_type(path, param)
+            check_type(path, param)
             if check and not isinstance(param, jax.core.Tracer):
-                _check_ternary(path, param)
+                check_ternary(path, param)
         average = None
         if beta is not None:
             average = optax.tree.zeros_like(params, dtype=accumulator_dtype or jnp.float32)
@@ -162,9 +163,7 @@ def t_signsgd(
 
     def update(updates: Any, state: TSignSGDState, params: Any = None, **extra_args: Any) -> tuple[Any, TSignSGDState]:
         del extra_args
-        if params is None:
-            raise ValueError("t_signsgd needs the parameters: call update(gradients, state, params).")
-        jax.tree_util.tree_map_with_path(_check_grad, updates, params, is_leaf=_is_none)
+        check_grads("t_signsgd", updates, params)
         step = optax.safe_increment(state.count)
         average = state.average
         if beta is not None:
@@ -199,7 +198,7 @@ def t_signsgd(
             sign = jnp.where(moves, jnp.sign(grad), 0).astype(param.dtype)
             return jnp.clip(param - sign, -1, 1) - param
 
-        differences = jax.tree_util.tree_map_with_path(difference, updates, params, is_leaf=_is_none)
+        differences = jax.tree_util.tree_map_with_path(difference, updates, params, is_leaf=is_none)
         return differences, TSignSGDState(step, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -234,12 +233,8 @@ def _decay(average: jax.Array, grad: jax.Array, beta: Any) -> jax.Array:
     return (beta * average + (1 - beta) * grad.astype(average.dtype)).astype(average.dtype)
 
 
-def _is_none(node: Any) -> bool:
-    return node is None
-
-
 def _map(function: Callable[..., Any], *trees: Any) -> Any:
-    return jax.tree.map(function, *trees, is_leaf=_is_none)
+    return jax.tree.map(function, *trees, is_leaf=is_none)
 
 
 def _leading_axes(stacked_axes: Any, path: Any, param: jax.Array) -> int:
@@ -251,41 +246,6 @@ def _leading_axes(stacked_axes: Any, path: Any, param: jax.Array) -> int:
     number = 0 if number is None else operator.index(number)
     if not 0 <= number <= param.ndim:
         raise ValueError(
-            f"stacked_axes is {number} for parameter {_name(path)} of shape {param.shape}, expected 0 to {param.ndim}."
+            f"stacked_axes is {number} for parameter {name(path)} of shape {param.shape}, expected 0 to {param.ndim}."
         )
     return number
-
-
-def _check_type(path: Any, param: Any) -> None:
-    dtype = jnp.result_type(param)
-    if not (jnp.issubdtype(dtype, jnp.signedinteger) or jnp.issubdtype(dtype, jnp.floating)):
-        raise ValueError(f"Parameter {_name(path)} is {dtype}, expected a float or signed integer type.")
-
-
-def _check_ternary(path: Any, param: Any) -> None:
-    param = jnp.asarray(param)
-    wrong = (param != -1) & (param != 0) & (param != 1)
-    if wrong.any():
-        index = tuple(int(i) for i in jnp.unravel_index(jnp.argmax(wrong), param.shape))
-        raise ValueError(
-            f"Parameter {_name(path)} is {param[index]} at {index}, expected -1, 0 or 1: "
-            "ternarise it, or leave it to another optimizer with optax.masked or optax.multi_transform."
-        )
-
-
-def _check_grad(path: Any, grad: Any, param: Any) -> None:
-    if grad is None or param is None:
-        return
-    if not jnp.issubdtype(grad.dtype, jnp.floating):
-        raise ValueError(
-            f"The gradient of parameter {_name(path)} is {grad.dtype}, expected a float type: "
-            "differentiate integer parameters through a float copy of them."
-        )
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"The gradient of parameter {_name(path)} has shape {grad.shape}, expected {param.shape} as the parameter."
-        )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "(the whole tree)"
