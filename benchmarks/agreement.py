@@ -16,7 +16,6 @@ from flax import nnx
 from lotaqaf_jax.kernels import merge_adapter
 from lotaqaf_jax.kernels.choose import KERNELS
 from lotaqaf_jax.models import Decoder, linears, merge
-from lotaqaf_jax.models.layers import Adapter
 from lotaqaf_jax.optim import t_signsgd
 from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
 
@@ -44,7 +43,7 @@ def with_random_adapters(model: Decoder) -> Decoder:
     for i, (_, linear) in enumerate(linears(model)):
         if (adapter := linear.adapters) is not None:
             b = jax.random.randint(jax.random.key(i), adapter.b.shape, -1, 2, jnp.int8)
-            linear.adapter = Adapter(dataclasses.replace(adapter, b=b))
+            linear.set_adapters(dataclasses.replace(adapter, b=b))
     return model
 
 

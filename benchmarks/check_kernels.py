@@ -126,7 +126,8 @@ def check(number: int) -> tuple[bool, str]:
     rng = np.random.default_rng(number)
     w = quantized(random_numbers(rng, grid), grid)
     a, b = random_ternary(rng, grid.n_in, rank), random_ternary(rng, rank, grid.n_out)
-    adapter = TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, offset, jnp.dtype(dtype))
+    surrogate: Any = ("straight", "window")[number // 4 % 2]
+    adapter = TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, offset, jnp.dtype(dtype), surrogate=surrogate)
     x = jnp.asarray(rng.normal(size=(64, grid.n_in)), jnp.bfloat16)
     dy = jnp.asarray(rng.normal(size=(64, grid.n_out)), jnp.bfloat16)
     bias = np.asarray(rng.normal(size=grid.n_out), jnp.bfloat16)
@@ -145,7 +146,7 @@ def check(number: int) -> tuple[bool, str]:
     wrong += ["together"] if not _equal(found["together"][0], found["together"][2]) else []
     wrong += [key for key, value in errors.items() if not value <= TOLERANCE[key]]
     numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
-    name = f"{grid!s:26} r{rank:<4} {offset:9} mu {jnp.dtype(dtype).name:8}"
+    name = f"{grid!s:26} r{rank:<4} {offset:9} {surrogate:8} mu {jnp.dtype(dtype).name:8}"
     return _result(f"{name} {numbers:40}", wrong)
 
 

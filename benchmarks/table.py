@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the card
 
-from table_plan import BITS, SOURCES, TASKS, Run, main_runs, prepare, quantized_folder, tuning_runs
+from table_plan import BITS, ROWS, SOURCES, TASKS, Run, main_runs, prepare, quantized_folder, tuning_runs
 from table_report import best_rates, write_report
 from tqdm import tqdm
 
@@ -42,7 +42,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where everything is written")
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--group_sizes", nargs="+", type=int, help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--cards", type=int, default=1, help="GPUs to share the processes out to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
     parser.add_argument("--report", action="store_true", help="only write table and plots of what is there")
     options = parser.parse_args()
@@ -50,24 +53,44 @@ def main() -> None:
     root, results = options.output, options.output / "results.jsonl"
     root.mkdir(parents=True, exist_ok=True)
     if not options.report:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / options.jobs:.3f}")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * options.cards / options.jobs:.3f}")
         prepare(options.data, root / "data")
-        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            runs = _of_tasks(tuning_runs(options.sources), options.tasks)
+        context = multiprocessing.get_context("spawn")
+        cards = context.Queue()
+        for i in range(options.jobs):
+            cards.put(i % options.cards)
+        with ProcessPoolExecutor(
+            options.jobs, context, initializer=_take_card, initargs=(cards, options.cards)
+        ) as pool:
+            runs = _wanted(tuning_runs(options.sources), options)
             todo = [run for run in runs if run.name not in read_results(results)]
-            models = {quantized_folder(root, run): run for run in _every_cell(options) if run.bits != 16}
+            models = {quantized_folder(root, run): run for run in _every_cell(options)}
             for done in as_completed(pool.submit(quantize, run, root, options.data) for run in models.values()):
                 done.result()
             execute(pool, todo, options, "tuning")
             rates = best_rates(read_results(results).values())
-            runs = _of_tasks(main_runs(options.sources, rates), options.tasks)
+            runs = _wanted(main_runs(options.sources, rates), options)
             execute(pool, [run for run in runs if run.name not in read_results(results)], options, "table")
     write_report(list(read_results(results).values()), root)
     print((root / "table.md").read_text(encoding="utf-8"))
 
 
-def _of_tasks(runs: Iterable[Run], tasks: Sequence[str]) -> list[Run]:
-    return [run for run in runs if run.task in tasks]
+def _take_card(cards: Any, count: int) -> None:
+    """In a new process, before JAX starts: one card of several."""
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(cards.get())
+
+
+def _wanted(runs: Iterable[Run], options: argparse.Namespace) -> list[Run]:
+    """Those of the tasks, rows and group sizes that were asked for."""
+    sizes = options.group_sizes
+    return [
+        run
+        for run in runs
+        if run.task in options.tasks
+        and run.row in options.rows
+        and (run.bits == 16 or sizes is None or run.group_size in sizes)
+    ]
 
 
 def _every_cell(options: argparse.Namespace) -> list[Run]:
@@ -78,6 +101,7 @@ def _every_cell(options: argparse.Namespace) -> list[Run]:
         for source in sources
         for bits in BITS
         for group_size in source.groups
+        if options.group_sizes is None or group_size in options.group_sizes
     ]
 
 

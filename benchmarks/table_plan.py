@@ -85,18 +85,18 @@ TASKS = {
     "sql": Task("sql", (*_BATCH, "--num_train_epochs", "1"), "sql"),
     "gsm8k": Task("gsm8k", (*_BATCH, "--num_train_epochs", "3", "--max_seq_length", "512"), "gsm8k"),
 }
-_ADAMW = ("--lr_scheduler_type", "cosine", "--lora_r")
-RECOMMENDED = ("--omega", "12", "--beta", "0.9")
+_LORA = ("--method", "lora", "--lr_scheduler_type", "cosine")
+_QALORA = ("--method", "qalora", "--qalora_pool", "mean", "--lr_scheduler_type", "cosine")
 ROWS = {
-    "lora16": Row("16 bit + LoRA", ("--method", "lora", *_ADAMW, "16"), tuned=True, dense=True),
-    "lora": Row("GPTQ + LoRA", ("--method", "lora", *_ADAMW, "16"), tuned=True),
-    "qalora": Row("QA-LoRA", ("--method", "qalora", *_ADAMW, "16"), tuned=True),
-    "published": Row("LoTA-QAF, as published", ("--offset", "reference")),
-    "reference": Row("LoTA-QAF, reference offset", (*RECOMMENDED, "--offset", "reference")),
-    "paper": Row("LoTA-QAF, paper offset", (*RECOMMENDED, "--offset", "paper")),
-    "none": Row("LoTA-QAF, no offset", (*RECOMMENDED, "--offset", "none")),
+    "lora16": Row("16 bit + LoRA", _LORA, tuned=True, dense=True),
+    "lora": Row("GPTQ + LoRA", _LORA, tuned=True),
+    "qalora": Row("QA-LoRA", _QALORA, tuned=True),
+    "published": Row("LoTA-QAF, as published", ("--recipe", "published")),
+    "reference": Row("LoTA-QAF, reference offset", ("--offset", "reference")),
+    "paper": Row("LoTA-QAF, paper offset", ("--offset", "paper")),
+    "none": Row("LoTA-QAF, no offset", ("--offset", "none")),
 }
-RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "qalora": (2e-3, 5e-3, 1e-2, 2e-2)}
+RATES = {"lora": (1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), "qalora": (1e-3, 2e-3, 5e-3, 1e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,7 @@ class Run:
         flags += ["--eval_dataset", _named(task, files / f"{task.name}_{self.split}.jsonl"), *task.flags, *row.flags]
         if self.row == "published":
             flags += ["--omega", f"{task.omega * RANK:g}"]
-        if "--lora_r" not in row.flags:
-            flags += ["--lora_r", str(RANK)]
+        flags += ["--lora_r", str(RANK)]
         if self.rate is not None:
             flags += ["--learning_rate", f"{self.rate:g}"]
         return [*flags, "--seed", str(self.seed), "--output_dir", str(root / "runs" / self.name)]
@@ -199,6 +198,8 @@ def prepare(data: Path, files: Path) -> None:
     none). ViGGO: its own three parts. SQL: the official 1,000 rows test; of the training rows the last 500 are
     validation. GSM8K: its own test rows; of the training rows the last 473 are validation.
     """
+    if all((files / f"{task}_{split}.jsonl").exists() for task in TASKS for split in ("train", "validation", "test")):
+        return
     files.mkdir(parents=True, exist_ok=True)
     stories = [
         {"text": row["text"].replace("\n", " ")} for row in _json_rows(data / "text/tinystories_sample.jsonl.gz")

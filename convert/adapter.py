@@ -28,7 +28,7 @@ from lotaqaf_jax import __version__
 from lotaqaf_jax.errors import AdapterError, CheckpointError, ConfigError
 from lotaqaf_jax.kernels import AnyAdapter, GroupLowRank, LowRank, TernaryAdapter, WeightAdapter
 from lotaqaf_jax.lora import check_settings as check_low_rank
-from lotaqaf_jax.models import TARGET_MODULES, Adapter, Decoder, adapted_linears, linears
+from lotaqaf_jax.models import TARGET_MODULES, Decoder, adapted_linears, linears
 from lotaqaf_jax.qalora import check_pool
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_header, read_json
@@ -65,7 +65,7 @@ class _Format:
 def _omegas(adapters: Mapping[str, tuple[AnyAdapter, int]]) -> dict[str, Any]:
     """The setting omega of ternary adapters: one number, or one for every module."""
     found = {
-        name: float(np.broadcast_to(np.asarray(adapter.omega), adapter.a.shape[:1])[i])
+        name: float(np.asarray(adapter.omega)[i])
         for name, (adapter, i) in adapters.items()
         if isinstance(adapter, TernaryAdapter)
     }
@@ -83,7 +83,9 @@ def _omega_of(config: dict[str, Any], name: str) -> float:
     if isinstance(omega, dict):
         omega = omega.get(name)
     if not isinstance(omega, _NUMBER) or isinstance(omega, bool):
-        raise AdapterError(f"{ADAPTER_CONFIG}: omega of {name} is {omega!r}, expected a number. Save the adapter again.")
+        raise AdapterError(
+            f"{ADAPTER_CONFIG}: omega of {name} is {omega!r}, expected a number. Save the adapter again."
+        )
     return float(omega)
 
 
@@ -256,7 +258,7 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
             ]
             checked = [_checked(tensor, keys[name][part], form) for name, tensor in zip(names, tensors, strict=True)]
             stacks.append(jnp.asarray(np.stack(checked)))
-        linear.adapter = Adapter(form.build(stacks[0], stacks[1], config, names))
+        linear.set_adapters(form.build(stacks[0], stacks[1], config, names))
         left.difference_update(*keys.values())
     if left:
         raise AdapterError(

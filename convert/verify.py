@@ -271,7 +271,7 @@ def _check_merge(model: Decoder, reloaded: Decoder) -> None:
         expected = weight
         if name in adapters:
             adapter, i = adapters[name]
-            expected = _merged(weight, dataclasses.replace(adapter, a=adapter.a[i], b=adapter.b[i]))
+            expected = _merged(weight, jax.tree.map(lambda stack, i=i: stack[i], adapter))
         if not np.array_equal(np.asarray(found.qweight), np.asarray(expected.qweight)):
             raise _failed(f"{name}.qweight", "is not what the adapter makes of the base")
         if (found.offset is None) != (expected.offset is None) or (

@@ -46,6 +46,7 @@ def ramped_share(share: float, step: Any, total_steps: int) -> jax.Array:
     return share * jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / (RAMP * total_steps))
 
 
+@jax.jit
 def omega_of_share(a: jax.Array, b: jax.Array, share: float | jax.Array) -> jax.Array:
     """The omega that ``share`` of the entries of D = A @ B pass, at most, for every matrix.
 
@@ -64,10 +65,10 @@ def omega_of_share(a: jax.Array, b: jax.Array, share: float | jax.Array) -> jax.
     rank, n_out = b.shape
     b = b[:, :: -(-n_out // COLUMNS)]
     d = jnp.abs(jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST))
-    allowed = jnp.floor(jnp.float32(share) * d.size)
+    allowed = jnp.floor(jnp.float32(share) * d.size).astype(jnp.int32)
     # The largest v that more entries reach than may pass, from its top bit down: those above it are few enough.
     found = jnp.float32(0)
     for bit in reversed(range(rank.bit_length())):
-        reached = jnp.sum(d >= found + 2**bit, dtype=jnp.float32)
+        reached = jnp.sum(d >= found + 2**bit, dtype=jnp.int32)
         found = found + jnp.where(reached > allowed, 2.0**bit, 0.0)
     return jnp.clip(found, 1, rank - 1)

@@ -11,7 +11,6 @@ from lotaqaf_jax.models.adapters import (
     linears,
     merge,
     moved_shares,
-    ternary_values,
     with_omegas,
 )
 from lotaqaf_jax.models.config import DecoderConfig
@@ -54,6 +53,5 @@ __all__ = [
     "moved_shares",
     "preset",
     "round_lora",
-    "ternary_values",
     "with_omegas",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 from lotaqaf_jax.errors import AdapterError, ConfigError
 from lotaqaf_jax.kernels import AnyAdapter, LowRank, TernaryAdapter, WeightAdapter, merge_adapter, merge_and_count
 from lotaqaf_jax.models.decoder import Decoder
-from lotaqaf_jax.models.layers import Adapter, Linear
+from lotaqaf_jax.models.layers import Linear
 from lotaqaf_jax.models.spec import PROJECTIONS
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import Offset, Surrogate, check_settings, init_adapter
@@ -35,7 +35,6 @@ __all__ = [
     "merge",
     "moved_shares",
     "offset_type",
-    "ternary_values",
     "with_adapters",
     "with_omegas",
 ]
@@ -154,7 +153,7 @@ def with_adapters(
         if names[0].rsplit(".", 1)[1] not in target_modules or not (beside or linear.is_quantized):
             continue
         labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-        linear.adapter = Adapter(fresh(linear, labels))
+        linear.set_adapters(fresh(linear, labels))
         adapted += len(names)
     if not adapted:
         raise ConfigError(
@@ -164,36 +163,26 @@ def with_adapters(
     return model
 
 
-Adapters = TypeVar("Adapters")
-
-
-def with_omegas(adapters: Adapters, share: float | jax.Array) -> Adapters:
-    """Ternary adapters with the omega of every matrix set so that ``share`` of the entries of A @ B pass it.
+def with_omegas(model: Decoder, share: float | jax.Array) -> Decoder:
+    """Set the threshold of every matrix with ternary adapters so that ``share`` of the entries of A @ B pass it.
 
     Args:
-        adapters: a pytree of them, such as the state of a model's adapters.
+        model: a decoder with adapters.
         share: in (0, 1), or a traced number; see :func:`lotaqaf_jax.thresholds.omega_of_share`.
 
     Returns:
-        The same with other omegas; what is not ternary stays as it is.
+        A new model over the same arrays, with other thresholds; adapters that are not ternary stay as they are.
 
     Raises:
         ConfigError: a share out of range.
     """
     if not isinstance(share, jax.Array):
         check_share(share)
-
-    def one(node: Any) -> Any:
-        if not isinstance(node, TernaryAdapter):
-            return node
-        return dataclasses.replace(node, omega=omega_of_share(node.a, node.b, share))
-
-    return jax.tree.map(one, adapters, is_leaf=lambda node: isinstance(node, TernaryAdapter))
-
-
-def ternary_values(adapters: Any) -> Any:
-    """Which leaves of a pytree an optimizer of ternary values is for: A and B, and not omega; for ``optax.masked``."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "name", None) != "omega", adapters)
+    model = _shallow_copy(model)
+    for _, linear, adapter in adapted_linears(model):
+        if isinstance(adapter, TernaryAdapter):
+            linear.set_adapters(dataclasses.replace(adapter, omega=omega_of_share(adapter.a, adapter.b, share)))
+    return model
 
 
 def offset_type(offset_dtype: Any) -> Any:
@@ -257,7 +246,7 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
         rest = dataclasses.replace(linear.packed, qweight=words)
         words, mu = (_merge_stack_in_place if donate else _merge_stack)(linear.packed.qweight, rest, adapter)
         linear.weight.set_value(dataclasses.replace(rest, qweight=words, offset=mu))
-        linear.adapter = nnx.data(None)
+        linear.set_adapters(None)
     return model
 
 

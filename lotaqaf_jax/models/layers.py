@@ -7,6 +7,7 @@ that copy would cost as much as the product.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lotaqaf_jax.kernels import AnyAdapter, LowRank, keep_product, quantized_linear
+from lotaqaf_jax.kernels import AnyAdapter, LowRank, TernaryAdapter, keep_product, quantized_linear
 from lotaqaf_jax.kernels.matmul import packed_matmul_many
 from lotaqaf_jax.kernels.norm import add_norm, rms_norm
 from lotaqaf_jax.lora import low_rank_product
@@ -22,7 +23,7 @@ from lotaqaf_jax.models.spec import LinearSpec
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
 
-__all__ = ["Adapter", "Embed", "Linear", "PackedWeight", "RMSNorm", "products"]
+__all__ = ["Adapter", "Embed", "Linear", "PackedWeight", "RMSNorm", "Threshold", "products"]
 
 
 def _at(stack: Any, layer: jax.Array | None) -> Any:
@@ -40,6 +41,11 @@ class Adapter(nnx.Variable):
     """Holds a layer's adapters, of whichever method: all that is trained."""
 
 
+class Threshold(nnx.Variable):
+    """Holds omega of a layer's ternary adapters, float32 of the stack's axes: set anew in training, never by a
+    gradient."""
+
+
 class Linear(nnx.Module):
     """y = x @ W + bias, with W dense or packed integers, and with or without adapters.
 
@@ -49,6 +55,7 @@ class Linear(nnx.Module):
         weight: for a quantised layer a :class:`PackedWeight`, else a Param (..., out, in), as Hugging Face stores it.
         bias: Param (..., out) or None.
         adapter: an :class:`Adapter`, or None.
+        threshold: a :class:`Threshold` beside ternary adapters, so that what is trained holds ternary values alone.
 
     Built with zeros; loading or initialisation replaces them.
     """
@@ -75,6 +82,7 @@ class Linear(nnx.Module):
             self.weight = PackedWeight(weight)
         self.bias = nnx.Param(jnp.zeros((*stack, n_out), spec.bias_dtype)) if spec.bias else nnx.data(None)
         self.adapter: Adapter | None = nnx.data(None)
+        self.threshold: Threshold | None = nnx.data(None)
 
     @property
     def is_quantized(self) -> bool:
@@ -100,7 +108,19 @@ class Linear(nnx.Module):
     @property
     def adapters(self) -> AnyAdapter | None:
         """The layer's adapters, or None."""
-        return None if self.adapter is None else self.adapter.get_value()
+        if self.adapter is None:
+            return None
+        adapters = self.adapter.get_value()
+        return adapters if self.threshold is None else dataclasses.replace(adapters, omega=self.threshold.get_value())
+
+    def set_adapters(self, adapters: AnyAdapter | None) -> None:
+        """Put adapters in place of what there was; None takes them off."""
+        self.threshold = nnx.data(None)
+        if isinstance(adapters, TernaryAdapter):
+            omega = jnp.broadcast_to(jnp.asarray(adapters.omega, jnp.float32), adapters.a.shape[:-2])
+            nothing: Any = None
+            self.threshold, adapters = Threshold(omega), dataclasses.replace(adapters, omega=nothing)
+        self.adapter = nnx.data(None) if adapters is None else Adapter(adapters)
 
     @property
     def packs(self) -> bool:

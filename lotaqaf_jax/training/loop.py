@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lotaqaf_jax.data import TrainingData
 from lotaqaf_jax.errors import ConfigError
-from lotaqaf_jax.models import Decoder, Recompute, count_moves
+from lotaqaf_jax.models import Decoder, Recompute, count_moves, with_omegas
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.compilation import CompiledStep, least_recompute
 from lotaqaf_jax.training.config import TrainConfig
@@ -88,7 +88,8 @@ def train(
     first = int(state.step)
 
     def current() -> Decoder:
-        return nnx.merge(graph, state.adapters, frozen, copy=True)
+        model = nnx.merge(graph, state.adapters, frozen, copy=True)
+        return model if share is None else with_omegas(model, share(state.step))
 
     def done(step: int, record: dict[str, Any] | None) -> None:
         bar.update()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lotaqaf_jax.models import Decoder, add_adapters, add_lora, add_qalora, ternary_values
+from lotaqaf_jax.models import Decoder, add_adapters, add_lora, add_qalora
 from lotaqaf_jax.optim import t_signsgd, ternary_adam
 from lotaqaf_jax.thresholds import ramped_share
 from lotaqaf_jax.training.adamw import adamw, learning_rates
@@ -72,9 +72,7 @@ def _add_qalora(model: Decoder, config: TrainConfig) -> Decoder:
 
 
 def _rates(config: TrainConfig, total_steps: int) -> optax.Schedule:
-    return learning_rates(
-        config.peak_rate, total_steps, scheduler=config.scheduler, warmup_ratio=config.warmup_ratio
-    )
+    return learning_rates(config.peak_rate, total_steps, scheduler=config.scheduler, warmup_ratio=config.warmup_ratio)
 
 
 def _adamw(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
@@ -84,10 +82,8 @@ def _adamw(config: TrainConfig, total_steps: int) -> optax.GradientTransformatio
 
 def _ternary_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
     if config.ternary_optimizer == "ternary_adam":
-        steps = ternary_adam(_rates(config, total_steps))
-    else:
-        steps = t_signsgd(total_steps, config.sigma_schedule, beta=config.beta or None, stacked_axes=1)
-    return optax.masked(steps, ternary_values)
+        return ternary_adam(_rates(config, total_steps))
+    return t_signsgd(total_steps, config.sigma_schedule, beta=config.beta or None, stacked_axes=1)
 
 
 def _ternary_rates(config: TrainConfig, total_steps: int) -> optax.Schedule | None:

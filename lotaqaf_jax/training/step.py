@@ -83,6 +83,8 @@ def make_train_step(
 
     # Its name is what profilers and logs of the compiler show.
     def train_step(state: TrainState, frozen: nnx.State, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        if share is not None:
+            _, _, frozen = split_model(with_omegas(nnx.merge(graph, state.adapters, frozen), share(state.step + 1)))
         # int8 has no gradient: take it at a float copy. Floats are what they are.
         floats = jax.tree.map(lambda array: array.astype(jnp.float32), state.adapters)
         if accumulate == 1:
@@ -100,9 +102,7 @@ def make_train_step(
         gradients = jax.tree.map(lambda gradient: gradient / targets, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
-        if share is not None:
-            adapters = with_omegas(adapters, share(state.step + 2))  # That of the step to come.
-        squares = jax.tree.map(_squares, gradients)
+        squares = jax.tree.map(lambda gradient: jnp.square(gradient).sum(axis=(-2, -1)), gradients)
         metrics = Metrics(
             loss=loss / targets,
             grad_norm=jnp.sqrt(sum(leaf.sum() for leaf in jax.tree.leaves(squares))),
@@ -115,15 +115,12 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
 
 
-def _squares(gradient: jax.Array) -> jax.Array:
-    """The sum of squares of every matrix; omega has no gradient."""
-    return jnp.square(gradient).sum(axis=(-2, -1)) if gradient.ndim > 1 else jnp.zeros_like(gradient)
-
-
 def _moved(updates: nnx.State) -> jax.Array | None:
     """How many ternary values an update moves; None where adapters are floats, which all move a little."""
-    leaves = [leaf for leaf in jax.tree.leaves(updates) if jnp.issubdtype(leaf.dtype, jnp.integer)]
-    return sum(((leaf != 0).sum(dtype=jnp.int32) for leaf in leaves), jnp.int32(0)) if leaves else None
+    leaves = jax.tree.leaves(updates)
+    if not all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in leaves):
+        return None
+    return sum(((leaf != 0).sum(dtype=jnp.int32) for leaf in leaves), jnp.int32(0))
 
 
 def _compiler_options() -> dict[str, bool] | None:

@@ -45,6 +45,5 @@ def adapter_model(
     rng = np.random.default_rng(seed)
     for _, linear, adapter in adapted_linears(model):
         b = jnp.asarray(rng.integers(-1, 2, adapter.b.shape).astype(np.int8))
-        assert linear.adapter is not None
-        linear.adapter.set_value(dataclasses.replace(adapter, b=b))
+        linear.set_adapters(dataclasses.replace(adapter, b=b))
     return model

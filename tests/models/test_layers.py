@@ -32,7 +32,7 @@ def linear(width: int, quant: QuantSpec | None = BASE, bias: bool = True, adapte
         made.bias.set_value(jnp.asarray(rng.normal(size=(3, width)), jnp.float16))
     if adapter:
         a, b = (jnp.asarray(rng.integers(-1, 2, shape), jnp.int8) for shape in ((3, 32, 4), (3, 4, width)))
-        made.adapter = Adapter(TernaryAdapter(a, b, 1.0, "reference", jnp.dtype(jnp.float32)))
+        made.set_adapters(TernaryAdapter(a, b, 1.0, "reference", jnp.dtype(jnp.float32)))
     return made
 
 

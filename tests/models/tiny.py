@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, adapted_linears, dense_spec, linears
-from lotaqaf_jax.models.layers import Adapter, Linear
+from lotaqaf_jax.models.layers import Linear
 from tests.weights import Grid, quantized, random_numbers
 
 CONFIG = DecoderConfig.from_hf(
@@ -69,7 +69,7 @@ def set_random_adapters(model: Decoder, seed: int = 0, kind: Any = jnp.int8) -> 
     rng = np.random.default_rng(seed)
     for _, linear, pair in adapted_linears(model):
         a, b = (jnp.asarray(rng.integers(-1, 2, leaf.shape), kind) for leaf in (pair.a, pair.b))
-        linear.adapter = Adapter(dataclasses.replace(pair, a=a, b=b))
+        linear.set_adapters(dataclasses.replace(pair, a=a, b=b))
 
 
 def set_random_low_rank(model: Decoder, seed: int = 0, size: float = 0.05) -> None:
@@ -78,7 +78,7 @@ def set_random_low_rank(model: Decoder, seed: int = 0, size: float = 0.05) -> No
     for _, linear, pair in adapted_linears(model):
         a = jnp.asarray(rng.normal(size=pair.a.shape), jnp.float32)
         b = jnp.asarray(size * rng.normal(size=pair.b.shape), jnp.float32)
-        linear.adapter = Adapter(dataclasses.replace(pair, a=a, b=b))
+        linear.set_adapters(dataclasses.replace(pair, a=a, b=b))
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> jax.Array:

@@ -176,18 +176,56 @@ def test_settings_of_another_method_are_refused_by_name(method: Any, tmp_path: P
     assert others
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for name, only in others.items():
-        value = {"omega": 3, "float8": "false", "lora_alpha": 8, "learning_rate": 1e-4}.get(name, defaults[name])
+        value = {"omega": 3, "float8": "false", "lora_alpha": 8, "moved": 0.1, "offset": "none"}.get(
+            name, defaults[name]
+        )
+        value = {"optimizer": "ternary_adam", "surrogate": "window"}.get(name, value)
         says = f"--{name}: is a setting of --method {' or '.join(only)}, found with --method {method}"
         for flags in (["--method", method, f"--{name}", str(value)], [f"--{name}={value}", f"--method={method}"]):
             with pytest.raises(ConfigError, match=says):
                 parse_config([*BASE, *flags])
     file = tmp_path / "settings.yaml"
     name = next(iter(others))
-    file.write_text(f"method: {method}\n{name}: {1 if name == 'lora_alpha' else 0.5}\n")
-    with pytest.raises(ConfigError, match=f"--{name}: is a setting"):
+    number = next(name for name in others if name in ("omega", "lora_alpha"))
+    file.write_text(f"method: {method}\n{number}: 3\n")
+    with pytest.raises(ConfigError, match=f"--{number}: is a setting"):
         parse_config([*BASE, "--config", str(file)])
-    with pytest.raises(ConfigError, match=f"--{name}: is a setting"):
-        TrainConfig(method=method, model="folder", dataset="rows.jsonl", **{name: 0.5})
+    with pytest.raises(ConfigError, match=f"--{number}: is a setting"):
+        TrainConfig(method=method, model="folder", dataset="rows.jsonl", **{number: 3})
+
+
+def test_a_recipe_is_what_its_settings_are_where_they_are_not_given() -> None:
+    def of(*flags: str) -> tuple[Any, ...]:
+        config = parse_config([*BASE, *flags])
+        rule = (config.ternary_optimizer, config.gradient, config.offset_rule, config.share, config.threshold)
+        return (*rule, config.peak_rate, config.scheduler)
+
+    recommended = ("ternary_adam", "window", "none", 0.04, 1.0, 0.1, "cosine")
+    assert of() == of("--recipe", "recommended") == recommended
+    assert of("--recipe", "published", "--lora_r", "32")[:5] == ("t_signsgd", "straight", "reference", None, 24)
+    assert of("--omega", "5")[3:5] == (None, 5)
+    assert of("--recipe", "published", "--moved", "0.1")[3:5] == (0.1, 1)
+    assert of("--optimizer", "t_signsgd", "--offset", "paper", "--surrogate", "straight")[:4] == (
+        "t_signsgd", "straight", "paper", 0.04,
+    )  # fmt: skip
+    assert of("--learning_rate", "0.3", "--lr_scheduler_type", "constant")[5:] == (0.3, "constant")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--moved", "0.1", "--omega", "3"], "--moved and --omega both set the threshold"),
+        (["--moved", "1.5"], "moved: found 1.5, expected a share"),
+        (["--beta", "0.9"], "--beta: is a setting of --optimizer t_signsgd, found with ternary_adam"),
+        (
+            ["--recipe", "published", "--learning_rate", "0.1"],
+            "--learning_rate: is a setting of --optimizer ternary_adam",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(flags: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config([*BASE, *flags])
 
 
 def test_help_says_whose_a_setting_is() -> None:

@@ -171,7 +171,23 @@ def merge_kernel(
     mask_n = n < N
     w0, w1, w2 = _load_words(words_ptr, period, n, mask_n, words, N, WORDS)
     n0, n1, n2, sum_d, sum_t, moved = _take_steps(
-        w0, w1, w2, a_ptr, b_ptr, period, n, mask_n, K, N, rank, tl.load(omega_ptr), BITS, VALUES, RANK, BLOCK_P, BLOCK_N
+        w0,
+        w1,
+        w2,
+        a_ptr,
+        b_ptr,
+        period,
+        n,
+        mask_n,
+        K,
+        N,
+        rank,
+        tl.load(omega_ptr),
+        BITS,
+        VALUES,
+        RANK,
+        BLOCK_P,
+        BLOCK_N,
     )
     _store_words(new_words_ptr, n0, n1, n2, period, n, mask_n, words, N, WORDS)
     if COUNT:
