@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where everything is written")
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--bits", nargs="+", type=int, default=list(BITS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--group_sizes", nargs="+", type=int, help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
@@ -89,6 +90,7 @@ def _wanted(runs: Iterable[Run], options: argparse.Namespace) -> list[Run]:
         for run in runs
         if run.task in options.tasks
         and run.row in options.rows
+        and run.bits in (16, *options.bits)
         and (run.bits == 16 or sizes is None or run.group_size in sizes)
     ]
 

@@ -57,12 +57,14 @@ class Row:
         flags: of train.py, for a task and a rank.
         tuned: whether its learning rate is tuned on validation rows.
         dense: whether the model is the 16-bit one.
+        ablation: whether it is one change to the recommended recipe, or to what it came from; on stories only.
     """
 
     title: str
     flags: tuple[str, ...]
     tuned: bool = False
     dense: bool = False
+    ablation: bool = False
 
 
 RANK = 64
@@ -74,7 +76,7 @@ SOURCES = {
         "base14m",
         "checkpoints/base14m-qwen2",
         "text/c4_demo.jsonl.gz",
-        (64, 32),
+        (64,),
         ("stories", "viggo", "sql", "gsm8k"),
     ),
 }
@@ -86,6 +88,7 @@ TASKS = {
     "gsm8k": Task("gsm8k", (*_BATCH, "--num_train_epochs", "3", "--max_seq_length", "512"), "gsm8k"),
 }
 _LORA = ("--method", "lora", "--lr_scheduler_type", "cosine")
+_SIGN = ("--optimizer", "t_signsgd", "--surrogate", "straight")
 _QALORA = ("--method", "qalora", "--qalora_pool", "mean", "--lr_scheduler_type", "cosine")
 ROWS = {
     "lora16": Row("16 bit + LoRA", _LORA, tuned=True, dense=True),
@@ -95,8 +98,20 @@ ROWS = {
     "reference": Row("LoTA-QAF, reference offset", ("--offset", "reference")),
     "paper": Row("LoTA-QAF, paper offset", ("--offset", "paper")),
     "none": Row("LoTA-QAF, no offset", ("--offset", "none")),
+    "straight": Row("straight-through gradient", ("--surrogate", "straight"), ablation=True),
+    "sign": Row("t-SignSGD, beta 0.9", ("--optimizer", "t_signsgd", "--beta", "0.9"), ablation=True),
+    "omega12": Row("omega 12 for all matrices", ("--omega", "12"), ablation=True),
+    "lead": Row("t-SignSGD, beta 0.9, straight, omega 12", (*_SIGN, "--omega", "12", "--beta", "0.9"), ablation=True),
+    "moved2": Row("2 % to move", ("--moved", "0.02"), ablation=True),
+    "moved8": Row("8 % to move", ("--moved", "0.08"), ablation=True),
+    "rate003": Row("learning rate 0.03", ("--learning_rate", "0.03"), ablation=True),
+    "rate03": Row("learning rate 0.3", ("--learning_rate", "0.3"), ablation=True),
+    "constant": Row("constant learning rate", ("--lr_scheduler_type", "constant"), ablation=True),
+    "rank32": Row("rank 32", ("--lora_r", "32"), ablation=True),
+    "rank128": Row("rank 128", ("--lora_r", "128"), ablation=True),
+    "wide": Row("products in 16 bit, not float8", ("--float8", "false"), ablation=True),
 }
-RATES = {"lora": (1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), "qalora": (1e-3, 2e-3, 5e-3, 1e-2)}
+RATES = {"lora": (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), "qalora": (1e-3, 2e-3, 5e-3, 1e-2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +144,10 @@ class Run:
         model = data / SOURCES[self.source].folder if row.dense else quantized_folder(root, self)
         files = root / "data"
         flags = ["--model", str(model), "--dataset", _named(task, files / f"{task.name}_train.jsonl")]
-        flags += ["--eval_dataset", _named(task, files / f"{task.name}_{self.split}.jsonl"), *task.flags, *row.flags]
+        flags += ["--eval_dataset", _named(task, files / f"{task.name}_{self.split}.jsonl"), *task.flags]
+        flags += ["--lora_r", str(RANK), *row.flags]
         if self.row == "published":
             flags += ["--omega", f"{task.omega * RANK:g}"]
-        flags += ["--lora_r", str(RANK)]
         if self.rate is not None:
             flags += ["--learning_rate", f"{self.rate:g}"]
         return [*flags, "--seed", str(self.seed), "--output_dir", str(root / "runs" / self.name)]
@@ -181,7 +196,7 @@ def main_runs(sources: Sequence[str], rates: dict[tuple[str, int, str, str], flo
         for source, bits, group_size, task in _cells(sources):
             for name, row in ROWS.items():
                 first = bits == BITS[0] and group_size == source.groups[0]
-                if row.dense and not first:
+                if (row.dense and not first) or (row.ablation and task != "stories"):
                     continue
                 place = (16, 0) if row.dense else (bits, group_size)
                 rate = rates.get((source.name, place[0], task, name)) if row.tuned else None

@@ -40,6 +40,9 @@ def write_report(results: Sequence[Result], root: Path) -> None:
             for title, value in _measures(task):
                 parts.append(f"\n**{source.name}, {task}: {title}** (mean ± standard deviation of the seeds)\n\n")
                 parts.append(_table(here, source.groups, value))
+            if any(ROWS[result["row"]].ablation for result in here):
+                parts.append(f"\n**{source.name}, {task}: one change to the last row above** (held-out loss)\n\n")
+                parts.append(_table(here, source.groups, _loss, ablation=True))
             parts.append(f"\n{source.name}, {task}: what the runs came to\n\n{_details(here)}")
             _plot(here, source.name, task, source.groups[0], root / f"{source.name}_{task}.png")
     rates = best_rates(results)
@@ -67,19 +70,23 @@ def _measures(task: str) -> list[tuple[str, Value]]:
     return [loss] if TASKS[task].rule is None else [("exact match in percent", _match), loss]
 
 
-def _table(results: Sequence[Result], groups: Sequence[int], value: Value) -> str:
-    """Rows by columns of bits and groups."""
+def _table(results: Sequence[Result], groups: Sequence[int], value: Value, *, ablation: bool = False) -> str:
+    """Rows by columns of bits and groups: of the methods, or of the ablation beside what it starts from."""
     columns = [(bits, group_size) for group_size in groups for bits in BITS]
     lines = [["", *(f"{bits} bit, g{group_size}" for bits, group_size in columns)]]
     dense = [result for result in results if result["bits"] == 16]
     digits = 1 if value is _match else 4
-    lines.append(["16 bit", *[_mean(dense, value, "before", digits)] * len(columns)])
+    if not ablation:
+        lines.append(["16 bit", *[_mean(dense, value, "before", digits)] * len(columns)])
     cells = collections.defaultdict(list)
     for result in results:
         cells[result["row"], result["bits"], result["group_size"]].append(result)
     first = [[r for (_, b, g), found in cells.items() if (b, g) == column for r in found] for column in columns]
-    lines.append(["GPTQ", *(_mean(found[:1], value, "before", digits) for found in first)])
+    if not ablation:
+        lines.append(["GPTQ", *(_mean(found[:1], value, "before", digits) for found in first)])
     for name, row in ROWS.items():
+        if row.ablation != ablation and not (ablation and name == "none"):
+            continue
         found = [cells[name, *((16, 0) if row.dense else column)] for column in columns]
         if any(found):
             lines.append([row.title, *(_mean(one, value, "after", digits) for one in found)])
@@ -137,6 +144,8 @@ def _plot(results: Sequence[Result], source: str, task: str, group_size: int, pa
     title, value = _measures(task)[0]
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
     for name, row in ROWS.items():
+        if row.ablation:
+            continue
         points = collections.defaultdict(list)
         for result in results:
             if result["row"] == name and result["group_size"] == group_size:

@@ -44,7 +44,7 @@ def test_runs_have_names_of_their_own_and_flags_that_train_py_takes(tmp_path: Pa
         assert config.train_batch_size == 64
         assert config.eval_dataset is not None
         assert f"{run.task}_{run.split}.jsonl" in config.eval_dataset
-        assert (config.learning_rate is not None) == plan.ROWS[run.row].tuned
+        assert (config.learning_rate is not None) == (plan.ROWS[run.row].tuned or run.row.startswith("rate"))
         if run.row == "published":
             assert config.threshold == {"viggo": 56}.get(run.task, 48)
     assert {run.seed for run in runs if run.split == "test"} == {0, 1, 2}
