@@ -76,7 +76,7 @@ SOURCES = {
         "base14m",
         "checkpoints/base14m-qwen2",
         "text/c4_demo.jsonl.gz",
-        (64,),
+        (64, 32),
         ("stories", "viggo", "sql", "gsm8k"),
     ),
 }

@@ -6,8 +6,9 @@ our own. Its tensors go by the name of their module:
     LoTA-QAF   model.layers.0.self_attn.q_proj.lota_A     (in, rank) and .lota_B (rank, out), int8
     QA-LoRA    model.layers.0.self_attn.q_proj.qalora_A   (groups, rank) and .qalora_B (rank, out), float32
 
-The config says by which rule they are applied (omega as a number, or, where matrices differ, by the name of the module), and names the base by its fingerprint: T depends on the integers of the
-base through the boundary rule, and mu on its groups and scales, so on other weights the adapter means nothing.
+The config says by which rule they are applied (omega as a number or, where matrices differ, by the names of their
+modules), and names the base by its fingerprint: T depends on the integers of the base through the boundary rule, and mu
+on its groups and scales, so on other weights the adapter means nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _Format:
     """How adapters of one kind are written.
 
     ``settings`` are the fields of the config that rule over how they are applied, with their types; ``build`` makes an
-    adapter of A, B, these, and the names of the modules in the stack, ``rows`` says how many rows A has, and ``check`` refuses values out of range.
+    adapter of A, B, these, and the names of the modules in the stack, ``rows`` says how many rows A has, and ``check``
+    refuses values out of range.
     """
 
     kind: type[WeightAdapter]

@@ -92,8 +92,9 @@ class TrainConfig:
 
     lora_r: int | None = _help("rank of the adapters; none: the paper's for the model, or 64", None)
     recipe: Recipe = _help(
-        "lota: what optimizer, surrogate, offset and threshold are where they are not given; recommended: ternary_adam, "
-        f"window, none and --moved {SHARE}; published: t_signsgd, straight, reference and --omega 0.75 * lora_r",
+        "lota: what optimizer, surrogate, offset and threshold are where they are not given; recommended: "
+        f"ternary_adam, window, none and --moved {SHARE}; published: t_signsgd, straight, reference and --omega 0.75 * "
+        "lora_r",
         "recommended",
     )
     optimizer: OptimizerName | None = _help(
@@ -223,8 +224,8 @@ class TrainConfig:
             for name in names:
                 if name in given and self.ternary_optimizer != optimizer:
                     raise ConfigError(
-                        f"--{name}: is a setting of --optimizer {optimizer}, found with {self.ternary_optimizer}. Leave it "
-                        f"out, or pass --optimizer {optimizer}."
+                        f"--{name}: is a setting of --optimizer {optimizer}, found with {self.ternary_optimizer}. "
+                        f"Leave it out, or pass --optimizer {optimizer}."
                     )
         if self.share is not None:
             check_share(self.share)

@@ -2,10 +2,10 @@
 
     P = (h * s * dW') @ B.T   (in, rank),      Q = A.T @ (h * s * dW') + m.T @ (s * dW')   (rank, out)
 
-with h = 1 or, with WINDOW, :func:`lotaqaf_jax.ternary.window` of a tile of D = A @ B, and m, equal in all rows of a group, the offset's part (see :mod:`.gpu`). What P sums over, the columns, have a scale
-each, so that s * dW' is made, a tile at a time, and never written. What Q sums over, the rows of a group, have one: the
-sum of a tile is multiplied instead. A program adds up a part of a product, and XLA the parts, in the same order in
-every run.
+with h = 1 or, with WINDOW, :func:`lotaqaf_jax.ternary.window` of a tile of D = A @ B, and m, equal in all rows of a
+group, the offset's part (see :mod:`.gpu`). What P sums over, the columns, have a scale each, so that s * dW' is made, a
+tile at a time, and never written. What Q sums over, the rows of a group, have one: the sum of a tile is multiplied
+instead. A program adds up a part of a product, and XLA the parts, in the same order in every run.
 """
 
 from __future__ import annotations
