@@ -135,31 +135,34 @@ def _details(results: Sequence[Result]) -> str:
 
 
 def _plot(results: Sequence[Result], source: str, task: str, group_size: int, path: Path) -> None:
-    """Every seed of every row over the bits, the mean as a line."""
+    """A panel for every width: every seed of every row, and their mean; rows that training made worse have no dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     title, value = _measures(task)[0]
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, row in ROWS.items():
-        if row.ablation:
-            continue
-        points = collections.defaultdict(list)
-        for result in results:
-            if result["row"] == name and result["group_size"] == group_size:
-                points[result["bits"]].append(value(result, "after"))
-        if points:
-            bits = sorted(points)
-            (line,) = axes.plot(bits, [statistics.fmean(points[b]) for b in bits], label=row.title)
-            axes.scatter(
-                [b for b in bits for _ in points[b]], [y for b in bits for y in points[b]], color=line.get_color()
-            )
-    dense = [number for r in results if r["bits"] == 16 if (number := value(r, "before")) is not None]
-    if dense:
-        axes.axhline(statistics.fmean(dense), color="gray", linestyle="--", label="16 bit")
-    axes.set(xlabel="bits", ylabel=title, xticks=sorted(BITS), title=f"{source}, {task}, group {group_size}")
-    axes.legend(fontsize="small")
+    here = [r for r in results if r["group_size"] == group_size and not ROWS[r["row"]].ablation]
+    widths = [bits for bits in BITS if any(result["bits"] == bits for result in here)]
+    names = [name for name in ROWS if any(result["row"] == name for result in here)]
+    figure, panels = pyplot.subplots(
+        1, len(widths), figsize=(2.2 + 2.4 * len(widths), 1.2 + 0.32 * len(names)), sharey=True, layout="constrained"
+    )
+    for bits, axes in zip(widths, panels if len(widths) > 1 else [panels], strict=True):
+        for place, name in enumerate(names):
+            found = [result for result in here if (result["bits"], result["row"]) == (bits, name)]
+            before, after = ([value(result, when) for result in found] for when in ("before", "after"))
+            points = [point for point in after if point is not None]
+            if not points or (value is _loss and statistics.fmean(points) > max(b for b in before if b is not None)):
+                continue
+            color = f"C{place}"
+            axes.scatter(points, [place] * len(points), color=color, s=14)
+            axes.plot([statistics.fmean(points)] * 2, [place - 0.3, place + 0.3], color=color)
+        axes.set(title=f"{bits} bit")
+        axes.grid(axis="x", alpha=0.3)
+    first = panels[0] if len(widths) > 1 else panels
+    first.set_yticks(range(len(names)), [ROWS[name].title for name in names])
+    first.invert_yaxis()
+    figure.supxlabel(f"{source}, {task}, group {group_size}: {title}", fontsize="medium")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

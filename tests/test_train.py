@@ -190,7 +190,7 @@ def test_output_that_is_not_empty(tiny_gptq: Path, tmp_path: Path, capsys: pytes
         ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"lora_r": 1}, "rank"),
         ({"omega": 8}, "omega"),
-        ({"method": "lora"}, "--omega: is a setting of --method lota, found with --method lora"),
+        ({"method": "lora"}, "--recipe: is a setting of --method lota, found with --method lora"),
         ({"learning_rate": 1e-3}, "--learning_rate: is a setting of --optimizer ternary_adam"),
         ({"target_modules": "x_proj"}, "x_proj"),
         ({"max_samples": 0}, "max_samples"),
