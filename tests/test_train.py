@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from safetensors.numpy import load_file
 
 import convert
 import train
-from lotaqaf_jax.models import load_pretrained
+from lotaqaf_jax.models import TARGET_MODULES, load_pretrained
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.peer import torch_model
+from tests.quick import quick_compilation
 from tests.training.conftest import tiny_gptq, write_rows
 
 __all__ = ["tiny_gptq"]  # a fixture
@@ -33,8 +35,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """All but the whole run below, which is compiled as its users have it."""
+    with quick_compilation():
+        yield
+
+
 def flags(folder: Path, output: Path, rows: Path, **changes: Any) -> list[str]:
-    given = {
+    """Of a run on two projections, which are compiled in half the time that all take."""
+    given: dict[str, Any] = {
         "model": folder,
         "dataset": rows,
         "output_dir": output,
@@ -43,17 +53,21 @@ def flags(folder: Path, output: Path, rows: Path, **changes: Any) -> list[str]:
         "lora_r": 8,
         "recipe": "published",
         "omega": 2,
+        "target_modules": ["q_proj", "down_proj"],
         "max_steps": 4,
         **changes,
     }
-    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    values = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
+    return [part for key, value in values.items() for part in (f"--{key}", *map(str, value))]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_gptq: Path, run_dir: Path) -> Path:
-    """The output of a whole run with held-out rows."""
+    """The output of a whole run with held-out rows, on all projections."""
     rows = write_rows(run_dir / "rows.jsonl", 24)
-    assert train.main(flags(tiny_gptq, run_dir / "out", rows, val_size=4)) == 0
+    everything = flags(tiny_gptq, run_dir / "out", rows, val_size=4, target_modules=list(TARGET_MODULES))
+    with quick_compilation(False):
+        assert train.main(everything) == 0
     return run_dir / "out"
 
 
@@ -175,10 +189,10 @@ def test_output_that_is_not_empty(tiny_gptq: Path, tmp_path: Path, capsys: pytes
     output.mkdir()
     (output / "mine.txt").write_text("keep")
     (output / "trainer_log.jsonl").write_text("old\n")
-    assert train.main(flags(tiny_gptq, output, rows, max_steps=1)) == 2
+    assert train.main(flags(tiny_gptq, output, rows)) == 2
     assert "--overwrite_output_dir" in capsys.readouterr().err
     assert (output / "trainer_log.jsonl").read_text() == "old\n"
-    assert train.main([*flags(tiny_gptq, output, rows, max_steps=1), "--overwrite_output_dir"]) == 0
+    assert train.main([*flags(tiny_gptq, output, rows), "--overwrite_output_dir"]) == 0
     assert (output / "mine.txt").read_text() == "keep"
     assert "old" not in (output / "trainer_log.jsonl").read_text()
 
@@ -242,7 +256,8 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tiny_gptq: Path
     """The real process, the real signal: the resumed run ends with the adapters of one that was never stopped."""
     rows = write_rows(run_dir / "signal.jsonl", 24)
     command = [sys.executable, str(ROOT / "train.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Compiled as the runs in this process are, which find the program where the other one left it.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     stopped = flags(tiny_gptq, run_dir / "stopped", rows, max_steps=120, logging_steps=1)
     process = subprocess.Popen([*command, *stopped], env=environment, stderr=subprocess.PIPE, text=True)
     log = run_dir / "stopped" / "trainer_log.jsonl"

@@ -1,13 +1,15 @@
-"""Random quantised weights and adapters, with the same numbers in plain numpy."""
+"""Random quantised weights and adapters, with the same numbers in plain numpy, which compiles nothing."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lotaqaf_jax.quant import QuantizedWeight, pack
+from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.weight import group_count, trivial_g_idx
 
 
@@ -55,10 +57,19 @@ def random_numbers(rng: np.random.Generator, grid: Grid) -> dict[str, np.ndarray
     }
 
 
+def packed_words(integers: np.ndarray, bits: int) -> np.ndarray:
+    """Integers (in, out) as words (ceil(in * bits / 32), out) int32: the bits of a column's values one after the other,
+    each value and each word from its lowest bit on."""
+    n_in, n_out = integers.shape
+    stream = (integers[:, None] >> np.arange(bits)[:, None] & 1).reshape(n_in * bits, n_out)
+    stream = np.pad(stream, ((0, -len(stream) % 32), (0, 0))).reshape(-1, 32, n_out)
+    return (stream.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=1, dtype=np.uint32).view(np.int32)
+
+
 def quantized(numbers: dict[str, np.ndarray], grid: Grid) -> QuantizedWeight:
     """The numbers as a ``QuantizedWeight``."""
     return QuantizedWeight(
-        qweight=pack(numbers["integers"], grid.bits),
+        qweight=jnp.asarray(packed_words(numbers["integers"], grid.bits)),
         scales=jnp.asarray(numbers["scales"]),
         zeros=jnp.asarray(numbers["zeros"], jnp.uint8),
         g_idx=jnp.asarray(numbers["g_idx"], jnp.int32) if grid.act_order else None,
@@ -67,6 +78,11 @@ def quantized(numbers: dict[str, np.ndarray], grid: Grid) -> QuantizedWeight:
         group_size=grid.group_size,
         shape=(grid.n_in, grid.n_out),
     )
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of one form as a stack of layers."""
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *weights)
 
 
 def random_ternary(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,19 @@ from convert.verify import Report
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
+from tests.quick import quick_compilation
 
 BASE = "ckpt-llama-b4g32-asym-desc"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """These tests are of files; that adapter model and merged model agree in optimised programs is held by tests/models."""
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="package")
 def base(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
     """An asymmetric act-order base, with a tokenizer and with files that are no part of a model."""
     folder = tmp_path_factory.mktemp("base") / "model"
@@ -31,19 +40,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
     return CheckpointFolder(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model(base: CheckpointFolder) -> Decoder:
     return adapter_model(base)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def adapter(base: CheckpointFolder, model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     convert.save_adapter(model, folder, base=base, progress=False)
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def exported(base: CheckpointFolder, model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     folder = tmp_path_factory.mktemp("exported") / "merged"
     return folder, convert.merge_and_save(model, folder, base=base, progress=False)

@@ -43,17 +43,17 @@ def samples(count: int = 10, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, 300, rng.integers(20, 40)).astype(np.int32) for _ in range(count)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("dense") / "llama", LLAMA)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("dense") / "qwen", QWEN, jnp.bfloat16)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def quantized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "llama"
     convert.quantize(llama, folder, calibration=samples(), group_size=32, progress=False)

@@ -8,22 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from lotaqaf_jax.models import Decoder, load_pretrained
+from tests.quick import quick_compilation
 
 TOKENIZER = Path(__file__).parent.parent / "checkpoints" / "tokenizer"
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_compilation() -> Iterator[None]:
-    """As in the tests of generation: most of the time is compilation, and nothing here depends on how good it is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    """As in the tests of generation."""
+    with quick_compilation():
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,9 @@ def case(grid: Grid, rule: tuple[Any, Any], rank: int = 24, omega: float = 4.3) 
     return w, TernaryAdapter(jnp.asarray(a), jnp.asarray(b), omega, rule[0], jnp.dtype(rule[1]))
 
 
+steps_of = jax.jit(ternary_step, static_argnames="omega")
+
+
 @functools.cache
 def truth_of(grid: Grid, rule: tuple[Any, Any], rank: int = 24) -> tuple[Any, jax.Array]:
     """The merged and the adjusted weight of a case."""
@@ -56,8 +59,9 @@ def test_weight_and_merge(grid: Grid, rule: tuple[Any, Any], implementation: str
     if truth.offset is not None:
         assert merged.offset.dtype == truth.offset.dtype
         np.testing.assert_array_equal(merged.offset, truth.offset)
-    np.testing.assert_array_equal(weight_matrix(w, adapter, jnp.float32, implementation), weight)
-    np.testing.assert_array_equal(weight_matrix(truth, None, jnp.float32, implementation), weight)
+    for pair in ((w, adapter), (truth, None)):
+        found = jax.jit(lambda w, t: weight_matrix(w, t, jnp.float32, implementation))(*pair)
+        np.testing.assert_array_equal(found, weight)
 
 
 def test_the_count_is_that_of_moved_integers() -> None:
@@ -67,7 +71,7 @@ def test_the_count_is_that_of_moved_integers() -> None:
 
     for grid in (TILED[1], TILED[3], UNTILED[0]):
         w, t = case(grid, RULES[0])
-        steps = ternary_step(w, t.a, t.b, omega=t.omega)
+        steps = steps_of(w, t.a, t.b, omega=t.omega)
         merged, moved = gpu.merged(w, t, count=True)
         assert int(moved.sum()) == int(jnp.abs(steps).sum()) > 0
         np.testing.assert_array_equal(merged.integers() - w.integers(), steps)
@@ -99,7 +103,7 @@ def test_sums_over_a_period_are_exact_up_to_the_highest_rank(bits: int, most: in
     # One D of every group is less by one: the sum over its period is odd, 2047.
     a = jnp.ones((64, most), jnp.int8).at[::32, 0].set(0)
     t = TernaryAdapter(a, jnp.ones((most, 4), jnp.int8), 0.75 * most, "paper", jnp.dtype(jnp.float32))
-    steps = np.asarray(ternary_step(w, t.a, t.b, omega=t.omega))
+    steps = np.asarray(steps_of(w, t.a, t.b, omega=t.omega))
     total = 32 * most - 1 - t.omega * steps.reshape(2, 32, 4).sum(axis=1)
     merged, _ = gpu.merged(w, t)
     assert np.any(steps)

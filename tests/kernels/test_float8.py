@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -83,6 +84,7 @@ def test_only_the_adapters_gradients_of_bfloat16_layers_change(dtype: Any) -> No
     w, adapter = case(3, Grid(4, 128, 64, 64), 16, 4.0, "reference", kind=np.float32)
     x, dy = jnp.asarray(numbers(4, 256, 128), dtype), jnp.asarray(numbers(5, 256, 64), dtype)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def pulled(float8: bool) -> Any:
         t = dataclasses.replace(adapter, float8=float8)
         y, pull = jax.vjp(lambda x, t: quantized_linear(x, w, t), x, t)

@@ -63,9 +63,10 @@ def one_by_one(x: jax.Array, update: jax.Array) -> jax.Array:
 @TYPES
 @settings(max_examples=8, deadline=None)
 @given(
-    rows=st.sampled_from([(1,), (5,), (2, 3), (3, 1)]),
-    size=st.one_of(st.integers(1, 80), st.sampled_from([128, 1000, 1024, 1100])),
-    parts=st.integers(0, 5),
+    # Few, as the operations of plain JAX are compiled for each: one row and several, one part of a row and several.
+    rows=st.sampled_from([(1,), (2, 3)]),
+    size=st.sampled_from([1, 77, 1024, 1100]),
+    parts=st.sampled_from([0, 1, 5]),
     layer=st.integers(0, LAYERS),
     seed=st.integers(0, 99),
 )

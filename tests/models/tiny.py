@@ -12,7 +12,7 @@ from flax import nnx
 
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, adapted_linears, dense_spec, linears
 from lotaqaf_jax.models.layers import Linear
-from tests.weights import Grid, quantized, random_numbers
+from tests.weights import Grid, quantized, random_numbers, stacked
 
 CONFIG = DecoderConfig.from_hf(
     {
@@ -61,7 +61,7 @@ def fill(linear: Linear, quant: QuantSpec, rng: np.random.Generator, layers: int
         numbers = random_numbers(rng, grid)
         numbers["scales"] = (numbers["scales"] * (20 / 2**quant.bits / np.sqrt(n_in))).astype(np.float16)
         stack.append(quantized(numbers, grid))
-    linear.weight.set_value(jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack))
+    linear.weight.set_value(stacked(stack))
 
 
 def set_random_adapters(model: Decoder, seed: int = 0, kind: Any = jnp.int8) -> None:

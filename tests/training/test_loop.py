@@ -37,7 +37,7 @@ def settings(folder: Path, rows: Path, output: Path, **changes: Any) -> TrainCon
         "per_device_train_batch_size": 4,
         "lora_r": 8,
         "omega": 2.0,
-        "max_steps": 8,
+        "max_steps": 8,  # part of the compiled step
         "sigma_schedule": "paper",
         "recipe": "published",
     }
@@ -124,7 +124,7 @@ def test_checkpoints_are_kept_up_to_the_limit(adapted: Decoder, tiny_gptq: Path,
 
 
 def test_resuming_with_other_settings_is_refused(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
-    config = settings(tiny_gptq, rows, tmp_path / "out", max_steps=2, save_steps=2)
+    config = settings(tiny_gptq, rows, tmp_path / "out", save_steps=8)
     run(adapted, config)
     again = dataclasses.replace(config, resume_from_checkpoint="latest")
     with pytest.raises(ConfigError, match=r"omega: 2.0 then, 3.0 now"):
@@ -147,7 +147,7 @@ def test_full_disk_is_told_in_a_sentence(
     def full(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = settings(tiny_gptq, rows, tmp_path / "out", max_steps=2, save_steps=1)
+    config = settings(tiny_gptq, rows, tmp_path / "out", save_steps=1)
     checkpoints = RunCheckpoints(tmp_path / "out" / "checkpoints")
     monkeypatch.setattr(type(checkpoints._orbax), "save_async", full)
     with pytest.raises(CheckpointError, match=r"checkpoint of step 1 could not be written .*No space left"):
@@ -162,5 +162,5 @@ def test_log_survives_a_cut_off_line(tmp_path: Path) -> None:
 
 def test_tensorboard_gets_the_numbers(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
-    run(adapted, settings(tiny_gptq, rows, tmp_path / "out", max_steps=1, report_to="tensorboard"))
+    run(adapted, settings(tiny_gptq, rows, tmp_path / "out", report_to="tensorboard"))
     assert any((tmp_path / "out" / "runs").iterdir())
