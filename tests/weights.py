@@ -63,7 +63,11 @@ def packed_words(integers: np.ndarray, bits: int) -> np.ndarray:
     n_in, n_out = integers.shape
     stream = (integers[:, None] >> np.arange(bits)[:, None] & 1).reshape(n_in * bits, n_out)
     stream = np.pad(stream, ((0, -len(stream) % 32), (0, 0))).reshape(-1, 32, n_out)
-    return (stream.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]).sum(axis=1, dtype=np.uint32).view(np.int32)
+    return (
+        (stream.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None])
+        .sum(axis=1, dtype=np.uint32)
+        .view(np.int32)
+    )
 
 
 def quantized(numbers: dict[str, np.ndarray], grid: Grid) -> QuantizedWeight:

@@ -20,7 +20,7 @@ BASE = "ckpt-llama-b4g32-asym-desc"
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_compilation() -> Iterator[None]:
-    """These tests are of files; that adapter model and merged model agree in optimised programs is held by tests/models."""
+    """These tests are of files; tests/models hold adapter and merged model to agree in optimised programs."""
     with quick_compilation():
         yield
 

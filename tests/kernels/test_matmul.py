@@ -232,9 +232,7 @@ ALL = [(group,) for group in (*GROUPS, *(group for group, _ in SINGLE))]
 
 
 # Plain JAX has no launches to share: two layouts with an offset, one act-order, one without whole words.
-@pytest.mark.parametrize(
-    ("implementation", "group"), cases(xla=[ALL[i] for i in (2, 3, 9, 10)], triton=ALL), ids=str
-)
+@pytest.mark.parametrize(("implementation", "group"), cases(xla=[ALL[i] for i in (2, 3, 9, 10)], triton=ALL), ids=str)
 def test_several_products_are_those_of_single_calls(implementation: str, group: Group) -> None:
     weights, biases = group.weights(layers=2)
     index = jnp.asarray(1, jnp.int32)
