@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -48,6 +50,26 @@ def test_round_trip_is_exact(base: CheckpointFolder, model: Decoder, plain: Deco
     assert tensors["model.layers.1.mlp.down_proj.lota_B"].shape == (8, 64)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["method"], config["rank"], config["omega"], config["offset"]) == ("lota-qaf", 8, 3.0, "reference")
+
+
+def test_thresholds_of_their_own_survive_too(base: CheckpointFolder, plain: Decoder, tmp_path: Path) -> None:
+    model = adapter_model(base)
+    for i, (_, linear, adapter) in enumerate(adapted_linears(model)):
+        omegas = (i + jnp.arange(len(adapter.a))) % 7 + 0.5
+        linear.set_adapters(dataclasses.replace(adapter, omega=omegas))
+    convert.save_adapter(model, tmp_path / "adapter", base=base)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["omega"]
+    loaded = convert.load_adapter(plain, tmp_path / "adapter", base=base)
+    for (names, _, saved), (_, _, read) in zip(adapted_linears(model), adapted_linears(loaded), strict=True):
+        assert [written[name] for name in names] == np.asarray(saved.omega).tolist() == np.asarray(read.omega).tolist()
+    name = "model.layers.1.mlp.up_proj"
+    for omega, says in (
+        ({k: v for k, v in written.items() if k != name}, f"{name} is None"),
+        ({name: "a"}, "found 'a'"),
+    ):
+        edit(tmp_path / "adapter", omega=omega)
+        with pytest.raises(AdapterError, match=says):
+            convert.load_adapter(plain, tmp_path / "adapter", base=base)
 
 
 def test_qalora_round_trip_is_exact(base: CheckpointFolder, plain: Decoder, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from flax import nnx
 
 from lotaqaf_jax.data import TrainingData, load_data
 from lotaqaf_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
-from lotaqaf_jax.models import Adapter, Decoder
+from lotaqaf_jax.models import Adapter, Decoder, adapted_linears, adapter_statistics
 from lotaqaf_jax.models.pretrained import load_tokenizer
+from lotaqaf_jax.thresholds import omega_of_share
 from lotaqaf_jax.training import Stopped, TrainConfig, train
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.log import plot_log, read_log
@@ -81,6 +82,20 @@ def test_loss_falls_and_the_log_says_so(
         np.testing.assert_array_equal(old, untouched)
     plot_log(tmp_path / "out" / "trainer_log.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_thresholds_follow_the_adapters_until_the_end(
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Evaluation, export and the last line of the log see the omegas of the wanted share of the final A @ B."""
+    trained = run(adapted, settings(tiny_gptq, rows, tmp_path / "out", max_steps=12, **RECOMMENDED))
+    for _, _, adapter in adapted_linears(trained):
+        np.testing.assert_array_equal(adapter.omega, omega_of_share(adapter.a, adapter.b, 0.1))
+    shares = [one.moved / one.integers for one in adapter_statistics(trained).values()]
+    assert 0.01 < np.mean(shares) <= max(shares) <= 0.1
+    moved = sum(one.moved for one in adapter_statistics(trained).values())
+    integers = sum(one.integers for one in adapter_statistics(trained).values())
+    assert read_log(tmp_path / "out" / "trainer_log.jsonl")[-1]["moved"] == pytest.approx(moved / integers, rel=1e-4)
 
 
 @pytest.mark.parametrize(
