@@ -20,7 +20,7 @@ BASE = "ckpt-llama-b4g32-asym-desc"
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_compilation() -> Iterator[None]:
-    """These tests are of files; that adapter model and merged model agree in optimised programs is held by tests/models."""
+    """These tests are of files; that optimised programs agree bit for bit is held by tests/models."""
     with quick_compilation():
         yield
 
