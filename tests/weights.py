@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,17 +61,16 @@ def packed_words(integers: np.ndarray, bits: int) -> np.ndarray:
     n_in, n_out = integers.shape
     stream = (integers[:, None] >> np.arange(bits)[:, None] & 1).reshape(n_in * bits, n_out)
     stream = np.pad(stream, ((0, -len(stream) % 32), (0, 0))).reshape(-1, 32, n_out)
-    return (
-        (stream.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None])
-        .sum(axis=1, dtype=np.uint32)
-        .view(np.int32)
-    )
+    words = stream.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]
+    return words.sum(axis=1, dtype=np.uint32).view(np.int32)
 
 
 def quantized(numbers: dict[str, np.ndarray], grid: Grid) -> QuantizedWeight:
-    """The numbers as a ``QuantizedWeight``."""
+    """The numbers as a ``QuantizedWeight``; stacks of them, with leading axes, as a stack of layers."""
+    integers = numbers["integers"].reshape(-1, grid.n_in, grid.n_out)
+    words = np.stack([packed_words(layer, grid.bits) for layer in integers])
     return QuantizedWeight(
-        qweight=jnp.asarray(packed_words(numbers["integers"], grid.bits)),
+        qweight=jnp.asarray(words.reshape(*numbers["integers"].shape[:-2], *words.shape[-2:])),
         scales=jnp.asarray(numbers["scales"]),
         zeros=jnp.asarray(numbers["zeros"], jnp.uint8),
         g_idx=jnp.asarray(numbers["g_idx"], jnp.int32) if grid.act_order else None,
@@ -82,11 +79,6 @@ def quantized(numbers: dict[str, np.ndarray], grid: Grid) -> QuantizedWeight:
         group_size=grid.group_size,
         shape=(grid.n_in, grid.n_out),
     )
-
-
-def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Weights of one form as a stack of layers."""
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *weights)
 
 
 def random_ternary(rng: np.random.Generator, *shape: int) -> np.ndarray:

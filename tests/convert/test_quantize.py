@@ -239,13 +239,13 @@ def test_formats_hold_the_same_weights(
         assert not sym or (np.asarray(weights[0].zeros) == 8).all()
 
 
-def test_padding_and_chunks_change_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_and_chunks_change_nothing(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of different lengths, many or one at a time: the same Hessians, so nearly the same columns."""
     folders = []
     for tokens in (4096, 1):
         monkeypatch.setattr(convert.block, "_CHUNK_TOKENS", tokens)
         folders.append(tmp_path / str(tokens))
-        convert.quantize(llama, folders[-1], calibration=samples(), group_size=16, progress=False)
+        convert.quantize(qwen, folders[-1], calibration=samples(), group_size=16, progress=False)
     one, two = map(CheckpointFolder, folders)
     same = [(one.read(name) == two.read(name)).all(axis=0).mean() for name in one.tensors if name.endswith(".qweight")]
     assert np.mean(same) > 0.97
@@ -322,11 +322,11 @@ def test_the_stream_is_on_the_host_and_replaced_in_place(llama: Path) -> None:
     np.testing.assert_allclose(stream.x[stream.keep], np.asarray(expected)[stream.keep], rtol=1e-3, atol=1e-4)
 
 
-def test_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{i} and some more words {i * i}"}) + "\n" for i in range(60)))
     out = str(tmp_path / "out")
-    flags = ["--model", str(llama), "--calibration", str(text), "--samples", "8", "--length", "32", "--bits", "3"]
+    flags = ["--model", str(qwen), "--calibration", str(text), "--samples", "8", "--length", "32", "--bits", "3"]
     command = ["quantize", *flags, "--group_size", "16", "--desc_act", "--damp_percent", "0.1", "--seed", "3"]
     assert main([*command, "--output", out, "--quiet"]) == 0
     shown = capsys.readouterr().out
@@ -381,10 +381,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert "is quantised already" in refused(model=packed)
 
 
-def test_a_model_that_cannot_be_quantised_is_named(llama: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_quantised_is_named(qwen: Path, tmp_path: Path) -> None:
     def broken(name: str, change: Any) -> Path:
         folder = tmp_path / name
-        shutil.copytree(llama, folder)
+        shutil.copytree(qwen, folder)
         tensors = {key: array.copy() for key, array in load_file(folder / "model.safetensors").items()}
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
@@ -398,14 +398,14 @@ def test_a_model_that_cannot_be_quantised_is_named(llama: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: missing"):
         convert.quantize(missing, out, calibration=samples(2), progress=False)
     with pytest.raises(DataError, match="no samples"):
-        convert.quantize(llama, out, calibration=[], progress=False)
+        convert.quantize(qwen, out, calibration=[], progress=False)
     with pytest.raises(DataError, match="knows 0 to 299"):
-        convert.quantize(llama, out, calibration=[[300]], progress=False)
+        convert.quantize(qwen, out, calibration=[[300]], progress=False)
     assert not out.exists()
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
 
-def test_an_interrupt_leaves_what_was_there(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_what_was_there(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
@@ -419,9 +419,9 @@ def test_an_interrupt_leaves_what_was_there(llama: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(convert.block, "quantize_layer", interrupted)
     with pytest.raises(ConfigError, match="not empty"):
-        convert.quantize(llama, out, calibration=samples(2), group_size=16, progress=False)
+        convert.quantize(qwen, out, calibration=samples(2), group_size=16, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        convert.quantize(llama, out, calibration=samples(2), group_size=16, overwrite=True, progress=False)
+        convert.quantize(qwen, out, calibration=samples(2), group_size=16, overwrite=True, progress=False)
     assert next(calls) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "config.json").read_text() == "{}"

@@ -95,7 +95,9 @@ def test_exact_match_asks_in_the_words_of_training(model: Decoder, tokenizer: An
     ]
     assert [answer.prompt for answer in found.answers] == prompts
     # Stopped where a turn ends, which is this tokenizer's EOS.
-    texts = generate_text(model, tokenizer, prompts, max_new_tokens=80, add_special_tokens=False, progress=None)
+    texts = generate_text(
+        model, tokenizer, prompts, max_new_tokens=80, batch_size=4, add_special_tokens=False, progress=None
+    )
     assert [answer.response for answer in found.answers] == texts
     assert [answer.reference for answer in found.answers] == [chat.messages[-1].content for chat in chats]
     right = [answer.response == answer.reference for answer in found.answers]
@@ -108,14 +110,14 @@ def test_exact_match_asks_in_the_words_of_training(model: Decoder, tokenizer: An
 def test_a_rule_of_ones_own(model: Decoder, tokenizer: Any, chats: list[Chat]) -> None:
     """By the first word more rows match than by the whole text, which is counted beside."""
     first = Rule("first word", "a word", lambda text: text.split()[0] if text.split() else None)
-    found = exact_match(model, tokenizer, as_examples(chats), first, max_new_tokens=80)
+    found = exact_match(model, tokenizer, as_examples(chats), first, max_new_tokens=80, batch_size=4)
     expected = [a.response.split()[:1] == a.reference.split()[:1] for a in found.answers]
     assert [answer.correct for answer in found.answers] == expected
     assert found.exact_match.correct > found.same_text.correct
 
 
 def test_long_prompts_lose_their_beginning(model: Decoder, tokenizer: Any, chats: list[Chat]) -> None:
-    whole = exact_match(model, tokenizer, as_examples(chats), max_new_tokens=1)
+    whole = exact_match(model, tokenizer, as_examples(chats), max_new_tokens=80, batch_size=4)
     cut = exact_match(model, tokenizer, as_examples(chats), max_new_tokens=1, max_source_length=20)
     lengths = [len(tokenizer(answer.prompt).input_ids) for answer in whole.answers]
     assert (whole.cut_prompts, cut.cut_prompts) == (0, sum(length > 20 for length in lengths))

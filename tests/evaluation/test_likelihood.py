@@ -46,8 +46,10 @@ def adapted() -> Decoder:
 
 
 def by_logits(model: Decoder, ids: list[int]) -> np.ndarray:
-    """(length, vocab) log-probabilities of one sequence by a plain call."""
-    return np.asarray(jax.nn.log_softmax(model(jnp.asarray([ids]))[0]))
+    """(length, vocab) log-probabilities of one sequence by a plain call, of one length for all: no token sees those
+    behind it."""
+    padded = np.pad(ids, (0, 64 - len(ids)))
+    return np.asarray(jax.nn.log_softmax(model(jnp.asarray(padded[None]))[0]))[: len(ids)]
 
 
 @pytest.mark.parametrize("kind", ["base", "adapted", "merged"])

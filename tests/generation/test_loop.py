@@ -57,7 +57,6 @@ def low_rank(model: Decoder, seed: int, size: float) -> Decoder:
 
 MODELS = {
     "llama-packed": lambda: quantized_decoder(LLAMA, QuantSpec(8, -1)),
-    "qwen2-two-segments": two_segments,
     "llama-merged": lambda: merge(adapted()),
     "qwen2-two-segments-lora": lambda: low_rank(add_lora(two_segments(), rank=3), 0, 0.02),
     "llama-qalora": lambda: low_rank(add_qalora(quantized_decoder(LLAMA, QuantSpec(8, -1)), rank=3), 1, 0.01),

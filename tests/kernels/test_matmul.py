@@ -16,7 +16,7 @@ from lotaqaf_jax.kernels.matmul import packed_matmul, packed_matmul_many
 from lotaqaf_jax.kernels.matmul.blocks import FewRows, ManyRows, bucket_of, matmul_blocks, period_of
 from lotaqaf_jax.quant import QuantizedWeight
 from tests.kernels.implementations import IMPLEMENTATIONS, cases
-from tests.weights import Grid, quantized, random_numbers, stacked
+from tests.weights import Grid, quantized, random_numbers
 
 product = jax.jit(packed_matmul, static_argnames="implementation")
 products = jax.jit(packed_matmul_many, static_argnames="implementation")
@@ -49,6 +49,11 @@ class Case:
             steps += np.asarray(w.offset, np.float64)[numbers["g_idx"]]
         matrix = np.asarray(w.scales, np.float64)[numbers["g_idx"]] * steps
         return cls(w, matrix, jnp.asarray(rng.normal(size=grid.n_out), jnp.float32))
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of one form as a stack of layers."""
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *weights)
 
 
 def rows_of(seed: int, *shape: int, dtype: Any) -> jax.Array:

@@ -164,7 +164,8 @@ def test_recomputing_changes_no_gradient(method: str) -> None:
             hidden = nnx.merge(graph, adapters, frozen).hidden_states(tokens(), recompute=recompute)
             return jnp.sin(hidden).sum()
 
-        return jax.jit(jax.grad(loss))(adapters)
+        # Not optimised, which is quicker; the tolerance does not depend on it.
+        return jax.jit(jax.grad(loss)).lower(adapters).compile({"xla_backend_optimization_level": 0})(adapters)
 
     expected = jax.tree.leaves(gradient("none"))
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in expected)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, adapted_linears, dense_spec, linears
 from lotaqaf_jax.models.layers import Linear
-from tests.weights import Grid, quantized, random_numbers, stacked
+from tests.weights import Grid, quantized, random_numbers
 
 CONFIG = DecoderConfig.from_hf(
     {
@@ -60,8 +60,9 @@ def fill(linear: Linear, quant: QuantSpec, rng: np.random.Generator, layers: int
     for _ in range(layers):
         numbers = random_numbers(rng, grid)
         numbers["scales"] = (numbers["scales"] * (20 / 2**quant.bits / np.sqrt(n_in))).astype(np.float16)
-        stack.append(quantized(numbers, grid))
-    linear.weight.set_value(stacked(stack))
+        stack.append(numbers)
+    whole = {key: np.stack([numbers[key] for numbers in stack]) for key in stack[0]}
+    linear.weight.set_value(quantized(whole, grid))
 
 
 def set_random_adapters(model: Decoder, seed: int = 0, kind: Any = jnp.int8) -> None:
