@@ -69,6 +69,7 @@ def run(config: TrainConfig) -> None:
     base = CheckpointFolder(local_folder(str(config.model)))
     tokenizer = load_tokenizer(base.path)
     data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
+    config = config.settled(data.report.format)
     print(summary(config, data.num_steps(config.num_train_epochs)), data.report, sep="\n")
     if config.dry_run:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))

@@ -2,10 +2,10 @@
 
     python benchmarks/table.py --data ../shared/data --output runs/table [--jobs 8] [--sources base14m] [--minutes 20]
 
-Quantises the models, tunes the baselines' learning rate on validation rows, runs every cell with three seeds by
-train.py, measures tasks by evaluate.py, and writes results.jsonl, table.md and plots into --output. A cell that is in
-results.jsonl already is not run again, so an interrupted table goes on with the same command. --jobs processes share
-the device.
+Quantises the models, tunes one setting of every row on validation rows (the learning rate; on tasks LoTA-QAF's share
+of integers to move), runs every cell with three seeds by train.py, measures tasks by evaluate.py, and writes
+results.jsonl, table.md and plots into --output. A cell that is in results.jsonl already is not run again, so an
+interrupted table goes on with the same command. --jobs processes share the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share the card
 
 from table_plan import BITS, ROWS, SOURCES, TASKS, Run, main_runs, prepare, quantized_folder, tuning_runs
-from table_report import best_rates, write_report
+from table_report import best_values, write_report
 from tqdm import tqdm
 
 CALIBRATION = ("--samples", "256", "--length", "256", "--asym")
@@ -69,8 +69,8 @@ def main() -> None:
             for done in as_completed(pool.submit(quantize, run, root, options.data) for run in models.values()):
                 done.result()
             execute(pool, todo, options, "tuning")
-            rates = best_rates(read_results(results).values())
-            runs = _wanted(main_runs(options.sources, rates), options)
+            best = best_values(read_results(results).values())
+            runs = _wanted(main_runs(options.sources, best), options)
             execute(pool, [run for run in runs if run.name not in read_results(results)], options, "table")
     write_report(list(read_results(results).values()), root)
     print((root / "table.md").read_text(encoding="utf-8"))

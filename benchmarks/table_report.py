@@ -11,21 +11,21 @@ from typing import Any
 
 from table_plan import BITS, ROWS, SOURCES, TASKS
 
-__all__ = ["best_rates", "write_report"]
+__all__ = ["best_values", "write_report"]
 
 Result = dict[str, Any]
 
 
-def best_rates(results: Iterable[Result]) -> dict[tuple[str, int, str, str], float]:
-    """The learning rate with the lowest validation loss, by (source, bits, task, row)."""
-    found: dict[tuple[str, int, str, str], tuple[float, float]] = {}
+def best_values(results: Iterable[Result]) -> dict[tuple[str, int, str, str], float]:
+    """The tuned value with the best validation figure, by (source, bits, task, row): the loss, or the exact match."""
+    found: dict[tuple[str, int, str, str], tuple[float, float, float]] = {}
     for result in results:
         if result["split"] == "validation":
             key = (result["source"], result["bits"], result["task"], result["row"])
-            loss = result["after"]["loss"]
-            here = (loss if math.isfinite(loss) else math.inf, result["rate"])
+            loss, match = _loss(result, "after"), _match(result, "after") if TASKS[result["task"]].by_match else 0
+            here = (-match, loss if math.isfinite(loss) else math.inf, result["value"])
             found[key] = min(found.get(key, here), here)
-    return {key: rate for key, (_, rate) in found.items()}
+    return {key: value for key, (_, _, value) in found.items()}
 
 
 def write_report(results: Sequence[Result], root: Path) -> None:
@@ -45,21 +45,21 @@ def write_report(results: Sequence[Result], root: Path) -> None:
                 parts.append(_table(here, source.groups, _loss, ablation=True))
             parts.append(f"\n{source.name}, {task}: what the runs came to\n\n{_details(here)}")
             _plot(here, source.name, task, source.groups[0], root / f"{source.name}_{task}.png")
-    rates = best_rates(results)
-    if rates:
-        parts.append("\nLearning rates, tuned on validation rows: ")
-        parts.append("; ".join(f"{' '.join(map(str, key))}: {rate:g}" for key, rate in sorted(rates.items())) + "\n")
+    best = best_values(results)
+    if best:
+        parts.append("\nTuned on validation rows (LoRA, QA-LoRA: learning rate; LoTA-QAF: share to move): ")
+        parts.append("; ".join(f"{' '.join(map(str, key))}: {value:g}" for key, value in sorted(best.items())) + "\n")
     (root / "table.md").write_text("".join(parts), encoding="utf-8")
 
 
-Value = Callable[[Result, str], float | None]
+Value = Callable[[Result, str], float]
 
 
-def _loss(result: Result, when: str) -> float | None:
+def _loss(result: Result, when: str) -> float:
     return result[when]["loss"]
 
 
-def _match(result: Result, when: str) -> float | None:
+def _match(result: Result, when: str) -> float:
     if when == "after" and "exact_match" in result:
         return 100 * result["exact_match"]["value"]
     return 100 * result[when]["exact_match"]
@@ -95,7 +95,7 @@ def _table(results: Sequence[Result], groups: Sequence[int], value: Value, *, ab
 
 
 def _mean(results: Sequence[Result], value: Value, when: str, digits: int) -> str:
-    numbers = [number for result in results if (number := value(result, when)) is not None]
+    numbers = [value(result, when) for result in results]
     if not numbers:
         return ""
     mean = f"{statistics.fmean(numbers):.{digits}f}"
@@ -152,12 +152,11 @@ def _plot(results: Sequence[Result], source: str, task: str, group_size: int, pa
         for place, name in enumerate(names):
             found = [result for result in here if (result["bits"], result["row"]) == (bits, name)]
             before, after = ([value(result, when) for result in found] for when in ("before", "after"))
-            points = [point for point in after if point is not None]
-            if not points or (value is _loss and statistics.fmean(points) > max(b for b in before if b is not None)):
+            if not after or (value is _loss and statistics.fmean(after) > max(before)):
                 continue
             color = f"C{place}"
-            axes.scatter(points, [place] * len(points), color=color, s=14)
-            axes.plot([statistics.fmean(points)] * 2, [place - 0.3, place + 0.3], color=color)
+            axes.scatter(after, [place] * len(after), color=color, s=14)
+            axes.plot([statistics.fmean(after)] * 2, [place - 0.3, place + 0.3], color=color)
         axes.set(title=f"{bits} bit")
         axes.grid(axis="x", alpha=0.3)
     first = panels[0] if len(widths) > 1 else panels

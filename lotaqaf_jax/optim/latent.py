@@ -126,7 +126,7 @@ def with_latents(
 
 
 def ternary_adam(
-    learning_rate: float | jax.Array | optax.Schedule = 0.1,
+    learning_rate: float | jax.Array | optax.Schedule = 0.2,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,

@@ -54,8 +54,9 @@ _RATE = ("learning_rate", "lr_scheduler_type", "warmup_ratio")
 _OF_OPTIMIZERS: dict[OptimizerName, tuple[str, ...]] = {"ternary_adam": _RATE, "t_signsgd": ("sigma_schedule", "beta")}
 """Settings that only one of LoTA-QAF's optimizers has."""
 
-SHARE, RATE = 0.04, 0.1
-"""Of the recommended recipe: the share of entries that pass the threshold, and ternary_adam's learning rate."""
+TEXT_SHARE, ANSWERS_SHARE, RATE = 0.04, 0.15, 0.2
+"""Of the recommended recipe: the share of entries that pass the threshold, on plain text and on rows with answers, and
+ternary_adam's learning rate."""
 
 
 def _help(text: str, default: Any) -> Any:
@@ -93,8 +94,8 @@ class TrainConfig:
     lora_r: int | None = _help("rank of the adapters; none: the paper's for the model, or 64", None)
     recipe: Recipe = _help(
         "lota: what optimizer, surrogate, offset and threshold are where they are not given; recommended: "
-        f"ternary_adam, window, none and --moved {SHARE}; published: t_signsgd, straight, reference and --omega 0.75 * "
-        "lora_r",
+        f"ternary_adam, window, none and --moved {TEXT_SHARE} on plain text, {ANSWERS_SHARE} on rows with answers; "
+        "published: t_signsgd, straight, reference and --omega 0.75 * lora_r",
         "recommended",
     )
     optimizer: OptimizerName | None = _help(
@@ -285,10 +286,10 @@ class TrainConfig:
 
     @property
     def share(self) -> float | None:
-        """``moved``, or the recipe's; None where omega is a number."""
+        """``moved``, or the recipe's, on plain text unless :meth:`settled`; None where omega is a number."""
         if self.moved is not None:
             return self.moved
-        return SHARE if self.recipe == "recommended" and self.omega is None else None
+        return TEXT_SHARE if self.recipe == "recommended" and self.omega is None else None
 
     @property
     def threshold(self) -> float:
@@ -319,6 +320,18 @@ class TrainConfig:
         if str(self.dataset).partition(":")[0] == "alpaca":
             return 5e-6 if large else 1e-5
         return 1e-4 if large else 5e-4
+
+    def settled(self, data_format: str) -> TrainConfig:
+        """These settings, with what the recommended recipe makes of the data: ``moved``, where it is left out.
+
+        To go on with text that the model knows takes few integers, a task that is new to it more (docs/results.md).
+
+        Args:
+            data_format: name of the rows' format, as ``DataReport.format`` has it.
+        """
+        if self.method != "lota" or self.moved is not None or self.share is None:
+            return self
+        return dataclasses.replace(self, moved=TEXT_SHARE if data_format == "text" else ANSWERS_SHARE)
 
     def data(self) -> DataConfig:
         """The settings of the data room among these."""

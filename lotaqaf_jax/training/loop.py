@@ -66,6 +66,7 @@ def train(
         Stopped: SIGINT or SIGTERM came; a checkpoint was written.
         ConfigError: the checkpoint to resume from is missing, or of a run with other settings.
     """
+    config = config.settled(data.report.format)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     total = config.max_steps if config.max_steps > 0 else data.num_steps(config.num_train_epochs)

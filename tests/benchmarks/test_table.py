@@ -35,8 +35,8 @@ def result_of(run: Any, loss: float, **more: Any) -> dict[str, Any]:
 def test_runs_have_names_of_their_own_and_flags_that_train_py_takes(tmp_path: Path) -> None:
     plan = importlib.import_module("table_plan")
     tuning = plan.tuning_runs(list(plan.SOURCES))
-    rates = {(run.source, run.bits, run.task, run.row): 1e-3 for run in tuning}
-    runs = tuning + plan.main_runs(list(plan.SOURCES), rates)
+    best = {(run.source, run.bits, run.task, run.row): run.value for run in tuning}
+    runs = tuning + plan.main_runs(list(plan.SOURCES), best)
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         config = parse_config(run.flags(tmp_path, tmp_path))
@@ -44,22 +44,43 @@ def test_runs_have_names_of_their_own_and_flags_that_train_py_takes(tmp_path: Pa
         assert config.train_batch_size == 64
         assert config.eval_dataset is not None
         assert f"{run.task}_{run.split}.jsonl" in config.eval_dataset
-        assert (config.learning_rate is not None) == (plan.ROWS[run.row].tuned or run.row.startswith("rate"))
+        tuning = plan.ROWS[run.row].tuning
+        if tuning is not None and tuning.values(run.task):
+            assert getattr(config, tuning.flag) == run.value
+        elif not plan.ROWS[run.row].ablation:
+            assert (config.learning_rate, config.moved, run.value) == (None, None, None)
         if run.row == "published":
             assert config.threshold == {"viggo": 56}.get(run.task, 48)
     assert {run.seed for run in runs if run.split == "test"} == {0, 1, 2}
     assert all(run.split == "test" or run.seed == 0 for run in runs)
 
 
-def test_a_learning_rate_is_chosen_by_the_validation_loss_alone() -> None:
+def test_a_setting_is_chosen_by_validation_rows_alone() -> None:
     plan, report = (importlib.import_module(name) for name in ("table_plan", "table_report"))
     losses = {1e-3: 0.9, 2e-3: 0.8, 4e-3: float("nan")}
-    results = [result_of(plan.Run("base14m", 4, 64, "sql", "lora", 0, "validation", r), x) for r, x in losses.items()]
-    results.append(result_of(plan.Run("base14m", 4, 64, "sql", "lora", 0, "test", 1e-3), 0.1))
-    assert report.best_rates(results) == {("base14m", 4, "sql", "lora"): 2e-3}
-    chosen = plan.main_runs(["base14m"], report.best_rates(results))
-    assert {run.rate for run in chosen if (run.row, run.task, run.bits) == ("lora", "sql", 4)} == {2e-3}
+    results = [result_of(plan.Run("base14m", 4, 64, "gsm8k", "lora", 0, "validation", r), x) for r, x in losses.items()]
+    results.append(result_of(plan.Run("base14m", 4, 64, "gsm8k", "lora", 0, "test", 1e-3), 0.1))
+    assert report.best_values(results) == {("base14m", 4, "gsm8k", "lora"): 2e-3}
+    chosen = plan.main_runs(["base14m"], report.best_values(results))
+    assert {run.value for run in chosen if (run.row, run.task, run.bits) == ("lora", "gsm8k", 4)} == {2e-3}
     assert not [run for run in chosen if run.row == "lora" and run.bits == 3]
+
+
+def test_where_answers_are_compared_they_are_what_is_tuned_for() -> None:
+    plan, report = (importlib.import_module(name) for name in ("table_plan", "table_report"))
+    cases = {0.1: (0.50, 0.03), 0.2: (0.60, 0.05), 0.4: (0.60, 0.04)}
+    results = [
+        result_of(
+            plan.Run("base14m", 4, 64, "viggo", "none", 0, "validation", moved), loss, exact_match={"value": match}
+        )
+        for moved, (match, loss) in cases.items()
+    ]
+    best = report.best_values(results)
+    assert best == {("base14m", 4, "viggo", "none"): 0.4}
+    chosen = [run for run in plan.main_runs(["base14m"], best) if (run.task, run.bits) == ("viggo", 4)]
+    assert {run.row: run.value for run in chosen} == {
+        "published": None, "reference": 0.4, "paper": 0.4, "default": None, "none": 0.4,
+    }  # fmt: skip
 
 
 def test_the_report_has_means_and_deviations_of_the_seeds(tmp_path: Path) -> None:

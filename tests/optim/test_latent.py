@@ -100,7 +100,7 @@ def test_ternary_adam_is_adam_on_clipped_latents_in_float64(dtype, rate, options
 def test_ternary_adam_defaults_are_those_documented():
     rng = np.random.default_rng(1)
     param, grads = ternary(rng, (5, 5)), [normal(rng, (5, 5)) for _ in range(8)]
-    explicit = with_latents(optax.adam(0.1, 0.9, 0.999, 1e-8), bound=1.5)
+    explicit = with_latents(optax.adam(0.2, 0.9, 0.999, 1e-8), bound=1.5)
     for got, want in zip(run(ternary_adam(), param, grads), run(explicit, param, grads), strict=True):
         assert_same(got, want)
 
@@ -197,7 +197,7 @@ def test_a_bad_gradient_makes_its_latent_nan_its_value_zero_and_leaves_the_rest(
         assert_same(new["a"], np.where(rest, want["a"], 0).astype(np.int8))
         assert_same(new["b"], want["b"])
 
-    finite = with_latents(optax.apply_if_finite(optax.adam(0.1), 5))
+    finite = with_latents(optax.apply_if_finite(optax.adam(0.2), 5))
     assert_same(run(finite, params, grads)[0], [params, *run(finite, params, grads[1:])[0]])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lotaqaf_jax.data import FORMATS
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.training import TrainConfig, parse_config
 from lotaqaf_jax.training import config as config_module
@@ -200,7 +201,7 @@ def test_a_recipe_is_what_its_settings_are_where_they_are_not_given() -> None:
         rule = (config.ternary_optimizer, config.gradient, config.offset_rule, config.share, config.threshold)
         return (*rule, config.peak_rate, config.scheduler)
 
-    recommended = ("ternary_adam", "window", "none", 0.04, 1.0, 0.1, "cosine")
+    recommended = ("ternary_adam", "window", "none", 0.04, 1.0, 0.2, "cosine")
     assert of() == of("--recipe", "recommended") == recommended
     assert of("--recipe", "published", "--lora_r", "32")[:5] == ("t_signsgd", "straight", "reference", None, 24)
     assert of("--omega", "5")[3:5] == (None, 5)
@@ -209,6 +210,21 @@ def test_a_recipe_is_what_its_settings_are_where_they_are_not_given() -> None:
         "t_signsgd", "straight", "paper", 0.04,
     )  # fmt: skip
     assert of("--learning_rate", "0.3", "--lr_scheduler_type", "constant")[5:] == (0.3, "constant")
+
+
+def test_the_share_that_moves_goes_by_the_data_where_it_is_left_out() -> None:
+    def of(data_format: str, *flags: str) -> float | None:
+        config = parse_config([*BASE, *flags]).settled(data_format)
+        assert config == config.settled("text")  # settled once, it stays
+        return config.share
+
+    assert of("text") == 0.04
+    assert {of(name) for name in FORMATS if name != "text"} == {0.15}
+    assert of("viggo", "--moved", "0.3") == 0.3
+    assert of("viggo", "--omega", "8") is None
+    assert of("viggo", "--recipe", "published") is None
+    lora = parse_config([*BASE, "--method", "lora"])
+    assert lora.settled("viggo") == lora
 
 
 @pytest.mark.parametrize(
