@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lotaqaf_jax import qalora
+from lotaqaf_jax.kernels import sharded
 from lotaqaf_jax.kernels.adapter import GroupLowRank, TernaryAdapter, WeightAdapter
 from lotaqaf_jax.kernels.adjust import gpu as adjust
-from lotaqaf_jax.kernels.choose import choose
+from lotaqaf_jax.kernels.choose import Implementation, choose
 from lotaqaf_jax.kernels.float8 import float8_weight_gradient
 from lotaqaf_jax.kernels.gradient import gpu as gradient
 from lotaqaf_jax.kernels.merge import merge_adapter
+from lotaqaf_jax.kernels.sharding import MatrixSharding
 from lotaqaf_jax.quant.weight import QuantizedWeight
 from lotaqaf_jax.ternary import adapter_gradients, adjusted_weight, check_settings
 
@@ -70,6 +72,7 @@ def quantized_linear(
     *,
     rebuild: bool = True,
     implementation: str | None = None,
+    sharding: MatrixSharding | None = None,
 ) -> jax.Array:
     """y = x @ W', with W' = scales * (q + T - zeros + mu) rounded to the type of ``x``; T = 0 for QA-LoRA.
 
@@ -84,6 +87,7 @@ def quantized_linear(
         adapter: adapters in the weight, or None for W itself (a merged weight brings its own offset).
         rebuild: whether the backward pass builds W again where there is no adapter to say so.
         implementation: see :func:`lotaqaf_jax.kernels.choose.choose`.
+        sharding: how the arrays lie on a mesh; None for one device.
 
     Returns:
         (..., out) in the type of ``x``.
@@ -93,7 +97,7 @@ def quantized_linear(
     """
     if isinstance(adapter, TernaryAdapter):
         check_settings(adapter.rank, adapter.omega, adapter.offset, adapter.surrogate)
-    return _linear(x, w, adapter, rebuild if adapter is None else adapter.rebuild, choose(implementation))
+    return _linear(x, w, adapter, rebuild if adapter is None else adapter.rebuild, choose(implementation), sharding)
 
 
 def keep_product(y: jax.Array) -> jax.Array:
@@ -101,38 +105,89 @@ def keep_product(y: jax.Array) -> jax.Array:
     return checkpoint_name(y, _PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _linear(
-    x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None, rebuild: bool, implementation: str
+    x: jax.Array,
+    w: QuantizedWeight,
+    adapter: WeightAdapter | None,
+    rebuild: bool,
+    implementation: Implementation,
+    sharding: MatrixSharding | None,
 ) -> jax.Array:
-    return x @ weight_matrix(w, adapter, x.dtype, implementation)
+    return _product(x, w, adapter, implementation, sharding)[0]
 
 
 _Saved = tuple[jax.Array, QuantizedWeight, WeightAdapter | None, jax.Array | None]
 
 
 def _linear_fwd(
-    x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None, rebuild: bool, implementation: str
+    x: jax.Array,
+    w: QuantizedWeight,
+    adapter: WeightAdapter | None,
+    rebuild: bool,
+    implementation: Implementation,
+    sharding: MatrixSharding | None,
 ) -> tuple[jax.Array, _Saved]:
-    matrix = weight_matrix(w, adapter, x.dtype, implementation)
-    return keep_product(x @ matrix), (x, w, adapter, None if rebuild else matrix)
+    y, matrix = _product(x, w, adapter, implementation, sharding)
+    return keep_product(y), (x, w, adapter, None if rebuild else matrix)
 
 
 def _linear_bwd(
-    rebuild: bool, implementation: str, saved: _Saved, dy: jax.Array
+    rebuild: bool, implementation: Implementation, sharding: MatrixSharding | None, saved: _Saved, dy: jax.Array
 ) -> tuple[jax.Array, None, WeightAdapter | None]:
     x, w, adapter, matrix = saved
+    gradients = functools.partial(_gradients, implementation)
+    if sharding is None:
+        dx, pair = gradients(x, w, adapter, matrix, dy)
+    else:
+        dx, pair = sharded.backward(x, w, adapter, matrix, dy, sharding, gradients)
+    if adapter is None or pair is None:
+        return dx, None, None
+    da, db = pair
+    found = dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
+    if isinstance(found, TernaryAdapter):
+        found = dataclasses.replace(found, omega=jnp.zeros_like(found.omega))
+    return dx, None, found
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def _product(
+    x: jax.Array,
+    w: QuantizedWeight,
+    adapter: WeightAdapter | None,
+    implementation: Implementation,
+    sharding: MatrixSharding | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(x @ W', W')."""
+
+    def product(x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None) -> tuple[jax.Array, jax.Array]:
+        matrix = weight_matrix(w, adapter, x.dtype, implementation)
+        return x @ matrix, matrix
+
+    return product(x, w, adapter) if sharding is None else sharded.forward(x, w, adapter, sharding, product)
+
+
+def _gradients(
+    implementation: Implementation,
+    x: jax.Array,
+    w: QuantizedWeight,
+    adapter: WeightAdapter | None,
+    matrix: jax.Array | None,
+    dy: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """dx, and dA and dB of float adapters, on one device."""
     if matrix is None:
         matrix = weight_matrix(w, adapter, x.dtype, implementation)
     # Contractions rather than transposes, which XLA may write out in full.
     dx = jax.lax.dot_general(dy, matrix, (((dy.ndim - 1,), (1,)), ((), ())))
     if adapter is None or not jnp.issubdtype(adapter.a.dtype, jnp.floating):
-        return dx, None, None
+        return dx, None
     rows = math.prod(x.shape[:-1])
     x, dy = x.reshape(rows, -1), dy.reshape(rows, -1)
     if isinstance(adapter, GroupLowRank):
-        da, db = qalora.adapter_gradients(w, adapter.a, adapter.b, x, dy, scale=adapter.scale, pool=adapter.pool)
-        return dx, None, dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype))
+        return dx, qalora.adapter_gradients(w, adapter.a, adapter.b, x, dy, scale=adapter.scale, pool=adapter.pool)
     factor = None
     if adapter.float8 and x.dtype == jnp.bfloat16:  # The product, before its factor, is beyond the range of float16.
         dweight, factor = float8_weight_gradient(x, dy, implementation)
@@ -144,11 +199,4 @@ def _linear_bwd(
     function = gradient.adapter_gradients if fused else adapter_gradients
     rule: Any = {"omega": adapter.omega, "offset": adapter.offset, "surrogate": adapter.surrogate}
     da, db = function(w, adapter.a, adapter.b, dweight, **rule)
-    if factor is not None:
-        da, db = da * factor, db * factor
-    no_gradient = jnp.zeros_like(adapter.omega)
-    da, db = da.astype(adapter.a.dtype), db.astype(adapter.b.dtype)
-    return dx, None, dataclasses.replace(adapter, a=da, b=db, omega=no_gradient)
-
-
-_linear.defvjp(_linear_fwd, _linear_bwd)
+    return dx, (da, db) if factor is None else (da * factor, db * factor)

@@ -14,6 +14,8 @@ from flax import nnx
 
 from lotaqaf_jax.errors import AdapterError, ConfigError
 from lotaqaf_jax.kernels import AnyAdapter, LowRank, TernaryAdapter, WeightAdapter, merge_adapter, merge_and_count
+from lotaqaf_jax.kernels.sharded import merge_stack
+from lotaqaf_jax.kernels.sharding import MatrixSharding
 from lotaqaf_jax.models.decoder import Decoder
 from lotaqaf_jax.models.layers import Linear
 from lotaqaf_jax.models.spec import PROJECTIONS
@@ -153,7 +155,10 @@ def with_adapters(
         if names[0].rsplit(".", 1)[1] not in target_modules or not (beside or linear.is_quantized):
             continue
         labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-        linear.set_adapters(fresh(linear, labels))
+        adapters = fresh(linear, labels)
+        if linear.sharding is not None:
+            adapters = jax.device_put(adapters, linear.adapter_shardings(adapters))
+        linear.set_adapters(adapters)
         adapted += len(names)
     if not adapted:
         raise ConfigError(
@@ -244,7 +249,8 @@ def merge(model: Decoder, *, donate: bool = False) -> Decoder:
         # The words apart from the rest, which the new weight shares with the old.
         words: Any = None
         rest = dataclasses.replace(linear.packed, qweight=words)
-        words, mu = (_merge_stack_in_place if donate else _merge_stack)(linear.packed.qweight, rest, adapter)
+        merged = _merge_stack_in_place if donate else _merge_stack
+        words, mu = merged(linear.packed.qweight, rest, adapter, linear.sharding)
         linear.weight.set_value(dataclasses.replace(rest, qweight=words, offset=mu))
         linear.set_adapters(None)
     return model
@@ -268,7 +274,7 @@ LoRA's adapters, which change neither."""
 
 def count_moves(model: Decoder) -> MoveCounts:
     """Queue the counting on the device and return without waiting for it; :func:`adapter_statistics` reads it."""
-    return [_count_stack(linear.packed, adapter) for _, linear, adapter in _mergeable(model)]
+    return [_count_stack(linear.packed, adapter, linear.sharding) for _, linear, adapter in _mergeable(model)]
 
 
 def adapter_statistics(model: Decoder, counts: MoveCounts | None = None) -> dict[str, AdapterStatistics]:
@@ -321,17 +327,34 @@ def _merged_stack(
     return jax.lax.scan(one, words, (jnp.arange(len(words)), rest, adapters))
 
 
-_merge_stack = jax.jit(_merged_stack)
-_merge_stack_in_place = jax.jit(_merged_stack, donate_argnums=0)
+def _merged(
+    words: jax.Array, rest: QuantizedWeight, adapters: WeightAdapter, sharding: MatrixSharding | None
+) -> tuple[jax.Array, jax.Array | None]:
+    if sharding is None:
+        return _merged_stack(words, rest, adapters)
+    return merge_stack(words, rest, adapters, sharding, _merged_stack, ("words", "groups"))
 
 
-@jax.jit
-def _count_stack(weights: QuantizedWeight, adapters: WeightAdapter) -> tuple[jax.Array, jax.Array]:
+_merge_stack = jax.jit(_merged, static_argnums=3)
+_merge_stack_in_place = jax.jit(_merged, static_argnums=3, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _count_stack(
+    weights: QuantizedWeight, adapters: WeightAdapter, sharding: MatrixSharding | None
+) -> tuple[jax.Array, jax.Array]:
     """(integers that move, sum of |mu|) of every layer of a stack."""
 
-    def one(pair: tuple[QuantizedWeight, WeightAdapter]) -> tuple[jax.Array, jax.Array]:
-        merged, moved = merge_and_count(*pair)
-        mu = jnp.float32(0) if merged.offset is None else jnp.abs(merged.offset.astype(jnp.float32)).sum()
-        return moved, mu
+    def count(words: jax.Array, rest: QuantizedWeight, adapters: WeightAdapter) -> tuple[jax.Array, jax.Array]:
+        def one(pair: tuple[QuantizedWeight, WeightAdapter]) -> tuple[jax.Array, jax.Array]:
+            merged, moved = merge_and_count(*pair)
+            mu = jnp.float32(0) if merged.offset is None else jnp.abs(merged.offset.astype(jnp.float32)).sum()
+            return moved, mu
 
-    return jax.lax.map(one, (weights, adapters))
+        return jax.lax.map(one, (dataclasses.replace(rest, qweight=words), adapters))
+
+    nothing: Any = None
+    rest = dataclasses.replace(weights, qweight=nothing)
+    if sharding is None:
+        return count(weights.qweight, rest, adapters)
+    return merge_stack(weights.qweight, rest, adapters, sharding, count, ("count", "count"))

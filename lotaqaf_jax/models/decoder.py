@@ -18,6 +18,7 @@ from lotaqaf_jax.models.cache import KVCache
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.layers import Embed, Linear, RMSNorm, products, wide_logits
 from lotaqaf_jax.models.rope import rope_angles
+from lotaqaf_jax.models.sharding import DecoderSharding
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec
 
 __all__ = ["Attend", "Attention", "Block", "Decoder", "Mlp", "Recompute", "Rope", "attention_mask", "causal"]
@@ -43,17 +44,18 @@ def attention_mask(segment_ids: jax.Array) -> jax.Array:
     return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
 
-def causal(rope: Rope, mask: jax.Array | None = None) -> Attend:
+def causal(rope: Rope, mask: jax.Array | None = None, sharding: DecoderSharding | None = None) -> Attend:
     """Every token attends to itself and to earlier ones where ``mask``, (batch, 1, length, length) bool, allows it.
 
         softmax(rope(q) rope(k)^T / sqrt(head_dim) + mask) v
 
-    What it keeps is (rope(k), v).
+    What it keeps is (rope(k), v). ``sharding`` is the decoder's.
     """
+    mix = causal_attention if sharding is None else sharding.attention
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         k = apply_rope(k, *rope)
-        return causal_attention(apply_rope(q, *rope), k, v, mask), (k, v)
+        return mix(apply_rope(q, *rope), k, v, mask), (k, v)
 
     return attend
 
@@ -183,6 +185,15 @@ class Block(nnx.Module):
         return getattr(getattr(self, part), name)
 
 
+def logits_of(layer: Embed | Linear, hidden: jax.Array) -> jax.Array:
+    """(..., hidden) -> logits (..., vocab) float32, by :attr:`Decoder.output_layer`."""
+    if isinstance(layer, Embed):
+        return layer.attend(hidden)
+    if layer.is_quantized:
+        return layer(hidden).astype(jnp.float32)
+    return wide_logits(hidden, layer.weight.get_value().astype(hidden.dtype))
+
+
 class Decoder(nnx.Module):
     """A Llama or Qwen2 language model.
 
@@ -193,6 +204,7 @@ class Decoder(nnx.Module):
             leading axis of the run's length.
         lm_head: Linear, or None when the embedding is the head.
         dtype: the type that activations and dequantised weights are computed in.
+        sharding: what a mesh does to attention, embedding and head, see :mod:`lotaqaf_jax.parallel`; None on one device.
 
     Built with zeros; :func:`lotaqaf_jax.models.init_decoder` and :func:`lotaqaf_jax.load_pretrained` fill it.
     """
@@ -207,6 +219,7 @@ class Decoder(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, spec.norm_dtype)
         self.lm_head = nnx.data(None if spec.head is None else Linear(spec.head))
+        self.sharding: DecoderSharding | None = None
 
     def hidden_states(
         self,
@@ -225,15 +238,16 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         rope = rope_angles(positions, self.config)
-        attend = causal(rope, None if segment_ids is None else attention_mask(segment_ids))
-        x = self.embed_tokens(input_ids, self.dtype)
+        attend = causal(rope, None if segment_ids is None else attention_mask(segment_ids), self.sharding)
+        x = self.embed_tokens(input_ids, self.dtype, self.sharding)
         for segment in self.segments:
             graph, stacked = nnx.split(segment)
             if recompute == "block":
                 stacked = _keep_weights(stacked)
 
             def block(x: jax.Array, layer: nnx.State, graph: nnx.GraphDef = graph) -> tuple[jax.Array, None]:
-                return nnx.merge(graph, layer)(x, attend)[0], None
+                x = nnx.merge(graph, layer)(x, attend)[0]
+                return (x if self.sharding is None else self.sharding.spread(x)), None
 
             x, _ = jax.lax.scan(_recomputing(block, recompute), x, stacked)
         return self.norm(x)
@@ -294,13 +308,14 @@ class Decoder(nnx.Module):
             written.append(cache)
         return self.norm(x), tuple(written)
 
+    @property
+    def output_layer(self) -> Embed | Linear:
+        """What makes logits: the output head, or the embedding where it is the head."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def head(self, hidden: jax.Array) -> jax.Array:
         """(..., hidden) -> logits (..., vocab) float32."""
-        if self.lm_head is None:
-            return self.embed_tokens.attend(hidden)
-        if self.lm_head.is_quantized:
-            return self.lm_head(hidden).astype(jnp.float32)
-        return wide_logits(hidden, self.lm_head.weight.get_value().astype(hidden.dtype))
+        return logits_of(self.output_layer, hidden)
 
     def __call__(
         self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None

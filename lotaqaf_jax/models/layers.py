@@ -18,7 +18,9 @@ from flax import nnx
 from lotaqaf_jax.kernels import AnyAdapter, LowRank, TernaryAdapter, keep_product, quantized_linear
 from lotaqaf_jax.kernels.matmul import packed_matmul_many
 from lotaqaf_jax.kernels.norm import add_norm, rms_norm
+from lotaqaf_jax.kernels.sharding import MatrixSharding, adapter_specs, shardings, weight_specs
 from lotaqaf_jax.lora import low_rank_product
+from lotaqaf_jax.models.sharding import DecoderSharding
 from lotaqaf_jax.models.spec import LinearSpec
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import QuantizedWeight, group_count
@@ -56,6 +58,7 @@ class Linear(nnx.Module):
         bias: Param (..., out) or None.
         adapter: an :class:`Adapter`, or None.
         threshold: a :class:`Threshold` beside ternary adapters, so that what is trained holds ternary values alone.
+        sharding: how the arrays lie on a mesh, see :mod:`lotaqaf_jax.parallel`; None on one device.
 
     Built with zeros; loading or initialisation replaces them.
     """
@@ -83,6 +86,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, n_out), spec.bias_dtype)) if spec.bias else nnx.data(None)
         self.adapter: Adapter | None = nnx.data(None)
         self.threshold: Threshold | None = nnx.data(None)
+        self.sharding: MatrixSharding | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -123,6 +127,30 @@ class Linear(nnx.Module):
         self.adapter = nnx.data(None) if adapters is None else Adapter(adapters)
 
     @property
+    def stacked(self) -> int:
+        """How many leading axes stack layers."""
+        array = self.packed.qweight if self.is_quantized else self.weight.get_value()
+        return array.ndim - 2
+
+    def weight_shardings(self) -> Any:
+        """Where the weight's arrays lie, in place of them; of a layer with a ``sharding``."""
+        where = self._placed()
+        if self.is_quantized:
+            return shardings(weight_specs(self.packed, where, self.stacked), where.mesh)
+        stack: tuple[None, ...] = (None,) * self.stacked
+        return where.named(*stack, where.column_axes, where.row_axes)
+
+    def adapter_shardings(self, adapters: AnyAdapter) -> Any:
+        """Where those of ``adapters`` are to lie; of a layer with a ``sharding``."""
+        where = self._placed()
+        return shardings(adapter_specs(adapters, where, self.stacked), where.mesh)
+
+    def _placed(self) -> MatrixSharding:
+        if self.sharding is None:
+            raise TypeError("this layer is on no mesh")
+        return self.sharding
+
+    @property
     def packs(self) -> bool:
         """Whether W itself is a stack of packed words, which decoding can multiply where they lie."""
         return self.is_quantized and (self.adapters is None or isinstance(self.adapters, LowRank))
@@ -140,19 +168,30 @@ class Linear(nnx.Module):
             adapters = self.adapters
             within = None if isinstance(adapters, LowRank) else _at(adapters, layer)
             rebuild = adapters is None or adapters.rebuild
-            y = quantized_linear(x, _at(self.packed, layer), within, rebuild=rebuild)
+            y = quantized_linear(x, _at(self.packed, layer), within, rebuild=rebuild, sharding=self.sharding)
         else:
-            table = _at(self.weight.get_value(), layer).astype(x.dtype)
+            table = self._gathered(_at(self.weight.get_value(), layer).astype(x.dtype))
             y = keep_product(jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ()))))
         y = y if self.bias is None else y + _at(self.bias.get_value(), layer).astype(y.dtype)
         return self._with_low_rank(x, y, layer)
+
+    def _gathered(self, table: jax.Array) -> jax.Array:
+        """A dense weight (out, in) as it is computed with: cut by tensor alone."""
+        if self.sharding is None:
+            return table
+        where = self.sharding.named(self.sharding.product_axes, self.sharding.row_axes)
+        return jax.lax.with_sharding_constraint(table, where)
 
     def _with_low_rank(self, x: jax.Array, y: jax.Array, layer: jax.Array | None) -> jax.Array:
         """y = x @ W + bias, and LoRA's product where there is one."""
         if not isinstance(self.adapters, LowRank):
             return y
         pair = _at(self.adapters, layer)
-        return y + low_rank_product(x, pair.a, pair.b, pair.scale)
+        a, b = pair.a, pair.b
+        if self.sharding is not None:
+            a = jax.lax.with_sharding_constraint(a, self.sharding.named(self.sharding.row_axes))
+            b = jax.lax.with_sharding_constraint(b, self.sharding.named((), self.sharding.product_axes))
+        return y + low_rank_product(x, a, b, pair.scale)
 
     def summand(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """What :meth:`RMSNorm.after_sum` adds: the product, which the kernel may leave to it in parts.
@@ -235,9 +274,11 @@ class Embed(nnx.Module):
     def __init__(self, vocab_size: int, hidden_size: int, dtype: Any) -> None:
         self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), dtype))
 
-    def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
-        """(batch, length) int32 -> (batch, length, hidden) of ``dtype``."""
-        return jnp.take(self.weight.get_value(), ids, axis=0).astype(dtype)
+    def __call__(self, ids: jax.Array, dtype: Any, sharding: DecoderSharding | None = None) -> jax.Array:
+        """(batch, length) int32 -> (batch, length, hidden) of ``dtype``; ``sharding`` as the decoder has it."""
+        table = self.weight.get_value()
+        found = jnp.take(table, ids, axis=0) if sharding is None else sharding.take(table, ids)
+        return found.astype(dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """(..., hidden) -> (..., vocab) float32: x @ table.T."""

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lotaqaf_jax.data import IGNORE
 from lotaqaf_jax.models import Decoder, Recompute
+from lotaqaf_jax.models.head import Head, on_rows
 
 __all__ = ["TokenScores", "score_tokens", "summed_loss", "targets_of"]
 
@@ -56,19 +57,21 @@ def score_tokens(
     """
     hidden = model.hidden_states(input_ids, positions, segment_ids)
     targets = targets_of(labels)
+    vocab_size = model.config.vocab_size
 
-    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets = chunk
-        logits = model.head(hidden)
-        loss, _, counted = _losses(logits, targets)
-        return loss, counted & (jnp.argmax(logits, axis=-1) == targets)
+    def local(head: Head, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden, targets = chunk
+            logits = head.logits(hidden)
+            loss, _, counted = _losses(head, logits, targets)
+            return loss, counted & (head.most_likely(logits) == targets)
 
-    loss, correct = jax.lax.map(score, _chunks(hidden, targets, model.config.vocab_size))
+        scores = jax.lax.map(score, _chunks(hidden, targets, vocab_size))
+        loss, correct = (array.reshape(-1)[: targets.size].reshape(targets.shape) for array in scores)
+        return loss, correct
 
-    def whole(array: jax.Array) -> jax.Array:
-        return array.reshape(-1)[: targets.size].reshape(targets.shape)
-
-    return TokenScores(whole(loss), whole(correct), targets != IGNORE)
+    loss, correct = on_rows(model, local, (hidden, targets), summed=(False, False))
+    return TokenScores(loss, correct, targets != IGNORE)
 
 
 def _chunks(hidden: jax.Array, targets: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
@@ -82,11 +85,11 @@ def _chunks(hidden: jax.Array, targets: jax.Array, vocab_size: int) -> tuple[jax
     return flat.reshape(chunks, tokens, size), padded.reshape(chunks, tokens)
 
 
-def _losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _losses(head: Head, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(loss of every token, log of the sum of exponentials, whether there is a target)."""
     counted = targets != IGNORE
-    log_sum = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[:, None], axis=-1)[:, 0]
+    log_sum = head.log_sum(logits)
+    picked = head.pick(logits, jnp.where(counted, targets, 0))
     return jnp.where(counted, log_sum - picked, 0.0), log_sum, counted
 
 
@@ -113,18 +116,21 @@ def _summed_fwd(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss, and its gradient at ``hidden``, which is at hand while a chunk's logits are."""
     model = nnx.merge(graph, state)
+    vocab_size = model.config.vocab_size
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets = chunk
-        logits, pull = jax.vjp(model.head, hidden)
-        loss, log_sum, counted = _losses(logits, targets)
-        hit = jnp.arange(logits.shape[-1]) == targets[:, None]
-        dlogits = jnp.where(counted[:, None], jnp.exp(logits - log_sum[:, None]) - hit, 0.0)
-        return total + loss.sum(), pull(dlogits)[0]
+    def local(head: Head, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden, targets = chunk
+            logits, pull = jax.vjp(head.logits, hidden)
+            loss, log_sum, counted = _losses(head, logits, targets)
+            dlogits = jnp.where(counted[:, None], jnp.exp(logits - log_sum[:, None]) - head.hit(logits, targets), 0.0)
+            return total + loss.sum(), head.summed(pull(dlogits)[0])
 
-    total, dhidden = jax.lax.scan(add, jnp.float32(0), _chunks(hidden, targets, model.config.vocab_size))
-    size = hidden.shape[-1]
-    return total, dhidden.reshape(-1, size)[: targets.size].reshape(hidden.shape)
+        total, dhidden = jax.lax.scan(add, jnp.float32(0), _chunks(hidden, targets, vocab_size))
+        return total, dhidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+
+    total, dhidden = on_rows(model, local, (hidden, targets), summed=(True, False))
+    return total, dhidden
 
 
 def _summed_bwd(graph: nnx.GraphDef, dhidden: jax.Array, g: jax.Array) -> tuple[None, jax.Array, None]:
