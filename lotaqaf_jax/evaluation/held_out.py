@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.parallel import put_rows
 from lotaqaf_jax.training.loss import score_tokens
 
 __all__ = ["HeldOut", "evaluate"]
@@ -65,7 +65,7 @@ def evaluate(
     loss = 0.0
     tokens = correct = rows = matched = 0
     for batch in tqdm(batches, desc=progress, total=total, leave=False, disable=progress is None):
-        sums = _score(graph, state, {key: jnp.asarray(value) for key, value in batch.items()})
+        sums = _score(graph, state, put_rows(model, batch))
         batch_loss, counted, right = (np.asarray(array) for array in sums)
         loss += float(batch_loss.sum(dtype=np.float64))
         tokens += int(counted.sum())
@@ -82,7 +82,8 @@ def _score(
     graph: nnx.GraphDef, state: nnx.State, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Per row: summed loss, number of targets, number of them that are the most likely token."""
-    scores = score_tokens(
-        nnx.merge(graph, state), batch["input_ids"], batch["labels"], batch["positions"], batch["segment_ids"]
-    )
-    return scores.loss.sum(-1), scores.counted.sum(-1), scores.correct.sum(-1)
+    model = nnx.merge(graph, state)
+    scores = score_tokens(model, batch["input_ids"], batch["labels"], batch["positions"], batch["segment_ids"])
+    sums = scores.loss.sum(-1), scores.counted.sum(-1), scores.correct.sum(-1)
+    # Whole everywhere, so that every process can read them.
+    return sums if model.sharding is None else jax.lax.with_sharding_constraint(sums, model.sharding.named())

@@ -164,7 +164,7 @@ def merge_stack(
         rest = dataclasses.replace(rest, shape=(n_in, words.shape[-1]))
         if _stores_rows(adapters, sharding):
             adapters = dataclasses.replace(adapters, a=_all(adapters.a, -2))
-        axes = (*((TENSOR,) if sharding.rows or sharding.columns else ()), *((FSDP,) if sharding.stored_columns else ()))
+        axes = sharding.row_axes + sharding.column_axes
         found = function(words, rest, adapters)
         return tuple(
             jax.lax.psum(one, axes) if kind == "count" and axes else one for one, kind in zip(found, out, strict=True)

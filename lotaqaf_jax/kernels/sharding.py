@@ -18,7 +18,21 @@ from jax.sharding import PartitionSpec as P
 from lotaqaf_jax.kernels.adapter import AnyAdapter, GroupLowRank, TernaryAdapter
 from lotaqaf_jax.quant.weight import QuantizedWeight
 
-__all__ = ["AXES", "BATCH", "DATA", "FSDP", "TENSOR", "MatrixSharding", "adapter_specs", "batch_axes", "weight_specs"]
+__all__ = [
+    "AXES",
+    "BATCH",
+    "DATA",
+    "FSDP",
+    "TENSOR",
+    "MatrixSharding",
+    "adapter_specs",
+    "axes_names",
+    "batch_axes",
+    "batch_shards",
+    "shardings",
+    "spec",
+    "weight_specs",
+]
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
@@ -72,9 +86,14 @@ class MatrixSharding:
         return NamedSharding(self.mesh, spec(*entries))
 
 
+def axes_names(*entries: Axes | None) -> tuple[Any, ...]:
+    """The axes that cut each dimension as JAX and Flax write them: None, a name, or several."""
+    return tuple(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries)
+
+
 def spec(*entries: Axes | None) -> P:
     """A PartitionSpec from the axes that cut each dimension."""
-    return P(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in entries))
+    return P(*axes_names(*entries))
 
 
 def batch_axes(mesh: Mesh, rows: int) -> Axes:
@@ -92,25 +111,21 @@ def weight_specs(w: QuantizedWeight, sharding: MatrixSharding, stacked: int = 0)
     stack: tuple[None, ...] = (None,) * stacked
     # Rows are cut where groups begin, see parallel.rules.
     per_group = spec(*stack, sharding.row_axes, sharding.column_axes)
-    return dataclasses.replace(
-        w,
-        qweight=spec(*stack, sharding.row_axes, sharding.column_axes),
-        scales=per_group,
-        zeros=per_group,
-        g_idx=None if w.g_idx is None else spec(*stack, None),
-        offset=None if w.offset is None else per_group,
-    )
+    specs: Any = {"qweight": per_group, "scales": per_group, "zeros": per_group}
+    specs["g_idx"] = None if w.g_idx is None else spec(*stack, None)
+    specs["offset"] = None if w.offset is None else per_group
+    return dataclasses.replace(w, **specs)
 
 
 def adapter_specs(adapter: AnyAdapter, sharding: MatrixSharding, stacked: int = 0) -> AnyAdapter:
     """The same for adapters."""
     stack: tuple[None, ...] = (None,) * stacked
-    specs: Any = {"b": spec(*stack, None, sharding.column_axes)}
-    if isinstance(adapter, GroupLowRank):  # Few rows, one a group.
-        return dataclasses.replace(adapter, a=spec(*stack, sharding.row_axes, None), **specs)
+    # QA-LoRA's A has a row for every group, which are few.
+    rows = sharding.row_axes if isinstance(adapter, GroupLowRank) else sharding.adapter_row_axes
+    specs: Any = {"a": spec(*stack, rows, None), "b": spec(*stack, None, sharding.column_axes)}
     if isinstance(adapter, TernaryAdapter) and adapter.omega is not None:
         specs["omega"] = spec(*stack)
-    return dataclasses.replace(adapter, a=spec(*stack, sharding.adapter_row_axes, None), **specs)
+    return dataclasses.replace(adapter, **specs)
 
 
 def shardings(specs: Tree, mesh: Mesh) -> Tree:

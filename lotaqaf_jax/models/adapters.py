@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lotaqaf_jax.errors import AdapterError, ConfigError
@@ -128,7 +129,7 @@ def add_adapters(
     check_settings(rank, omega, offset, surrogate)
     dtype = offset_type(offset_dtype)
 
-    def fresh(linear: Linear, labels: jax.Array) -> TernaryAdapter:
+    def fresh(linear: Linear, labels: np.ndarray) -> TernaryAdapter:
         a, b = init_stack(init_adapter, seed, labels, *linear.packed.shape, rank)
         omegas = jnp.full(len(labels), omega, jnp.float32)
         return TernaryAdapter(a, b, omegas, offset, dtype, float8=float8, surrogate=surrogate)
@@ -139,7 +140,7 @@ def add_adapters(
 def with_adapters(
     model: Decoder,
     target_modules: Sequence[str],
-    fresh: Callable[[Linear, jax.Array], AnyAdapter],
+    fresh: Callable[[Linear, np.ndarray], AnyAdapter],
     *,
     beside: bool = False,
 ) -> Decoder:
@@ -154,11 +155,11 @@ def with_adapters(
     for names, linear in linears(model):
         if names[0].rsplit(".", 1)[1] not in target_modules or not (beside or linear.is_quantized):
             continue
-        labels = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-        adapters = fresh(linear, labels)
-        if linear.sharding is not None:
-            adapters = jax.device_put(adapters, linear.adapter_shardings(adapters))
-        linear.set_adapters(adapters)
+        labels = np.asarray([zlib.crc32(name.encode()) for name in names], np.uint32)
+        make: Callable[[], AnyAdapter] = functools.partial(fresh, linear, labels)
+        if linear.sharding is not None:  # The same values, made where they are to lie.
+            make = jax.jit(make, out_shardings=linear.adapter_shardings(jax.eval_shape(make)))
+        linear.set_adapters(make())
         adapted += len(names)
     if not adapted:
         raise ConfigError(
@@ -303,7 +304,7 @@ def moved_shares(model: Decoder) -> dict[str, float]:
 def init_stack(
     init: Callable[[jax.Array, int, int, int], tuple[jax.Array, jax.Array]],
     seed: int,
-    labels: jax.Array,
+    labels: np.ndarray | jax.Array,
     n_in: int,
     n_out: int,
     rank: int,

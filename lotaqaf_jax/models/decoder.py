@@ -204,7 +204,7 @@ class Decoder(nnx.Module):
             leading axis of the run's length.
         lm_head: Linear, or None when the embedding is the head.
         dtype: the type that activations and dequantised weights are computed in.
-        sharding: what a mesh does to attention, embedding and head, see :mod:`lotaqaf_jax.parallel`; None on one device.
+        sharding: what a mesh does to attention, embedding and head (:mod:`lotaqaf_jax.parallel`); None on one device.
 
     Built with zeros; :func:`lotaqaf_jax.models.init_decoder` and :func:`lotaqaf_jax.load_pretrained` fill it.
     """

@@ -18,7 +18,7 @@ from flax import nnx
 from lotaqaf_jax.kernels import AnyAdapter, LowRank, TernaryAdapter, keep_product, quantized_linear
 from lotaqaf_jax.kernels.matmul import packed_matmul_many
 from lotaqaf_jax.kernels.norm import add_norm, rms_norm
-from lotaqaf_jax.kernels.sharding import MatrixSharding, adapter_specs, shardings, weight_specs
+from lotaqaf_jax.kernels.sharding import MatrixSharding, adapter_specs, axes_names, shardings, weight_specs
 from lotaqaf_jax.lora import low_rank_product
 from lotaqaf_jax.models.sharding import DecoderSharding
 from lotaqaf_jax.models.spec import LinearSpec
@@ -125,6 +125,10 @@ class Linear(nnx.Module):
             nothing: Any = None
             self.threshold, adapters = Threshold(omega), dataclasses.replace(adapters, omega=nothing)
         self.adapter = nnx.data(None) if adapters is None else Adapter(adapters)
+        if self.adapter is not None and self.sharding is not None:
+            stack: tuple[Any, ...] = ((),) * self.stacked
+            axes = (*stack, self.sharding.adapter_row_axes, self.sharding.column_axes)
+            self.adapter.set_metadata(out_sharding=axes_names(*axes))
 
     @property
     def stacked(self) -> int:

@@ -8,6 +8,7 @@ more than two large tensors or two fiftieths of the checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -168,8 +169,41 @@ def _place(stack: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
 _decode_zeros = jax.jit(decode_zeros, static_argnums=(1, 2, 3))
 
 
+_Cut = tuple[slice, ...]
+"""The part of an array that is wanted, by dimension; () for the whole."""
+
 _Check = Callable[[np.ndarray, str], Any] | None
-_Decode = Callable[[np.ndarray], jax.Array] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Zeros:
+    """Zero points (groups, out) from their packed words (groups, words)."""
+
+    bits: int
+    out: int
+    checkpoint_format: str
+
+    def words(self, cut: _Cut) -> _Cut:
+        """The words that hold what ``cut`` wants."""
+        start, stop = self._columns(cut)
+        return (cut[0], slice(start * self.bits // 32, -(-stop * self.bits // 32))) if cut else ()
+
+    def __call__(self, words: np.ndarray, cut: _Cut) -> jax.Array:
+        """(..., groups, words) -> (..., groups, out wanted) uint8."""
+        start, stop = self._columns(cut)
+        found = _decode_zeros(words, self.bits, stop - start, self.checkpoint_format)
+        if not cut:
+            return found
+        columns = cut[1]
+        first = (columns.start or 0) - start
+        return found[..., first : first + _length((self.out,), (columns,))[0]]
+
+    def _columns(self, cut: _Cut) -> tuple[int, int]:
+        """The columns that are read: words begin every 32 columns in any width."""
+        if not cut:
+            return 0, self.out
+        start, stop, _ = cut[1].indices(self.out)
+        return start // 32 * 32, min(-(-stop // 32) * 32, self.out)
 
 
 _THREADS = 8
@@ -203,55 +237,99 @@ class _Reader:
         # Small against the model and, for a very large one, against a host.
         self.most = min(folder.nbytes // 50, 2**27)
 
-    def array(self, name: str) -> np.ndarray:
-        array = self.folder.read(name)
+    def array(self, name: str, cut: _Cut = ()) -> np.ndarray:
+        """A tensor, or a part of it, of which no more is read than its pages of the file."""
+        array = self.folder.read(name)[cut]
         self.count(array.nbytes)
         return array
 
-    def stack(
-        self, names: list[str], shape: tuple[int, ...], dtype: Any, check: _Check = None, decode: _Decode = None
-    ) -> jax.Array:
-        """The tensors ``names`` as one (len(names), *shape).
+    def one(self, name: str, like: Any, check: _Check = None, decode: _Zeros | None = None) -> jax.Array:
+        """A tensor of the shape, type and place of ``like``."""
+
+        def part(cut: _Cut) -> jax.Array:
+            array = self.array(name, cut if decode is None else decode.words(cut))
+            if check is not None:
+                check(array, name)
+            # Copied, since a CPU array may otherwise be a view of the file, which another process can overwrite.
+            return jnp.array(array, like.dtype) if decode is None else decode(array, cut)
+
+        return _on_devices(like, part)
+
+    def stack(self, names: list[str], like: Any, check: _Check = None, decode: _Zeros | None = None) -> jax.Array:
+        """The tensors ``names`` as one (len(names), ...) of the shape, type and place of ``like``."""
+        return _on_devices(like, lambda cut: self._stack(names, like, cut[1:], check, decode))
+
+    def _stack(self, names: list[str], like: Any, cut: _Cut, check: _Check, decode: _Zeros | None) -> jax.Array:
+        """The part of one device.
 
         A stack of at most ``most`` bytes is put together on the host: that is one copy to the device, and no program
         is compiled for its shape. A longer one is filled on the device, in equal parts of at most ``most`` bytes or of
         one tensor.
         """
-        size = jnp.dtype(dtype).itemsize * int(np.prod(shape))
+        shape = _length(like.shape[1:], cut)
+        size = jnp.dtype(like.dtype).itemsize * int(np.prod(shape))
         count = len(names)
         rows = max(n for n in range(1, count + 1) if n == 1 or (n * size <= self.most and count % n == 0))
         if rows == count:
-            whole = self._rows(names, dtype, check, decode)
+            whole = self._rows(names, like.dtype, cut, check, decode)
             return jax.block_until_ready(whole if decode else jax.device_put(whole))
-        stack = jnp.zeros((count, *shape), dtype)
+        stack = jnp.zeros((count, *shape), like.dtype)
         for i in range(0, count, rows):
-            part = self._rows(names[i : i + rows], dtype, check, decode)
+            part = self._rows(names[i : i + rows], like.dtype, cut, check, decode)
             # The part before is copied to the device while this one is read, and then waited for: on a busy machine the
             # host would otherwise run ahead of the copies and hold many parts at once.
             stack = _place(stack.block_until_ready(), part, i)
         return stack.block_until_ready()
 
-    def _rows(self, names: list[str], dtype: Any, check: _Check, decode: _Decode) -> Any:
+    def _rows(self, names: list[str], dtype: Any, cut: _Cut, check: _Check, decode: _Zeros | None) -> Any:
         """Tensors put together on the host, or decoded on the device."""
         found = None
         for i, name in enumerate(names):
-            array = self.array(name)
+            array = self.array(name, cut if decode is None else decode.words(cut))
             if check is not None:
                 check(array, name)
             if found is None:
                 # No view of the file: a CPU array may share its memory, and another process can overwrite the file.
                 found = np.empty((len(names), *array.shape), array.dtype if decode else dtype)
             _copy(found[i], array, self.threads)
-        return found if decode is None or found is None else decode(found)
+        return found if decode is None or found is None else decode(found, cut)
 
 
-def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress: bool = True) -> Decoder:
+def _length(shape: tuple[int, ...], cut: _Cut) -> tuple[int, ...]:
+    """The shape of a part."""
+    return tuple(len(range(*part.indices(size))) for part, size in zip(cut, shape, strict=True)) if cut else shape
+
+
+def _on_devices(like: Any, part: Callable[[_Cut], jax.Array]) -> jax.Array:
+    """An array of the shape and place of ``like`` from the parts that this process's devices hold, each read once."""
+    if like.sharding is None:
+        return part(())
+    found: dict[Any, jax.Array] = {}
+    arrays = []
+    for device, cut in like.sharding.addressable_devices_indices_map(like.shape).items():
+        key = tuple((one.start, one.stop) for one in cut)
+        if key not in found:
+            with jax.default_device(device):
+                found[key] = jax.device_put(part(cut), device)
+        arrays.append(jax.device_put(found[key], device))
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
+
+
+def load_decoder(
+    folder: CheckpointFolder,
+    dtype: Any = jnp.float32,
+    *,
+    progress: bool = True,
+    place: Callable[[Decoder], Decoder] | None = None,
+) -> Decoder:
     """Read a checkpoint into a decoder. Packed words go to the device as they are.
 
     Args:
         folder: the opened checkpoint, GPTQ or 16-bit.
         dtype: the type that activations and dequantised weights are computed in.
         progress: show a progress bar when it takes longer than a second.
+        place: gives an abstract decoder's arrays shardings (:func:`lotaqaf_jax.parallel.shard`). No more is then read
+            than what this process's devices hold. None for one device.
 
     Returns:
         The decoder, with every weight in its stored type.
@@ -263,18 +341,19 @@ def load_decoder(folder: CheckpointFolder, dtype: Any = jnp.float32, *, progress
     config = DecoderConfig.from_hf(folder.config)
     spec = read_spec(folder, config)
     decoder = nnx.eval_shape(lambda: Decoder(config, spec, dtype))
+    if place is not None:
+        decoder = place(decoder)
     bar = tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress)
     with bar, ThreadPoolExecutor(_THREADS) as threads:
         reader = _Reader(folder, bar.update, threads)
-        # Copied, since a CPU array may otherwise be a view of the file, which another process can overwrite.
-        decoder.embed_tokens.weight.set_value(jnp.array(reader.array("model.embed_tokens.weight")))
-        decoder.norm.weight.set_value(jnp.array(reader.array("model.norm.weight"), spec.norm_dtype))
+        for name, variable in (("embed_tokens", decoder.embed_tokens.weight), ("norm", decoder.norm.weight)):
+            variable.set_value(reader.one(f"model.{name}.weight", variable.get_value()))
         for segment, (start, count) in zip(decoder.segments, spec.runs(), strict=True):
             prefixes = [f"model.layers.{i}" for i in range(start, start + count)]
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 names = [f"{prefix}.{norm}.weight" for prefix in prefixes]
-                stack = reader.stack(names, (config.hidden_size,), spec.norm_dtype)
-                getattr(segment, norm).weight.set_value(stack)
+                variable = getattr(segment, norm).weight
+                variable.set_value(reader.stack(names, variable.get_value()))
             for path, linear_spec in spec.layers[start]:
                 _fill(segment.linear(path), linear_spec, [f"{prefix}.{path}" for prefix in prefixes], reader)
         if decoder.lm_head is not None and spec.head is not None:
@@ -308,42 +387,30 @@ def load_block(folder: CheckpointFolder, config: DecoderConfig, index: int, dtyp
 def _fill(linear: Linear, spec: LinearSpec, names: list[str], reader: _Reader, *, stacked: bool = True) -> None:
     """Give a linear layer its arrays, those of several layers stacked, or those of the one in ``names``."""
 
-    def stack(part: str, shape: tuple[int, ...], dtype: Any, check: _Check = None, decode: _Decode = None) -> jax.Array:
+    def fill(part: str, like: Any, check: _Check = None, decode: _Zeros | None = None) -> jax.Array:
         if stacked:
-            return reader.stack([f"{name}.{part}" for name in names], shape, dtype, check, decode)
-        name = f"{names[0]}.{part}"
-        array = reader.array(name)
-        if check is not None:
-            check(array, name)
-        return jnp.array(array, dtype) if decode is None else decode(array)
+            return reader.stack([f"{name}.{part}" for name in names], like, check, decode)
+        return reader.one(f"{names[0]}.{part}", like, check, decode)
 
-    n_in, n_out = spec.in_features, spec.out_features
-    if spec.bias and linear.bias is not None:
-        linear.bias.set_value(stack("bias", (n_out,), spec.bias_dtype))
+    if linear.bias is not None:
+        linear.bias.set_value(fill("bias", linear.bias.get_value()))
     quant = spec.quant
     if quant is None:
-        linear.weight.set_value(stack("weight", (n_out, n_in), spec.dtype))
+        linear.weight.set_value(fill("weight", linear.weight.get_value()))
         return
-    groups = group_count(n_in, quant.group_size)
-
-    def zeros(words: np.ndarray) -> jax.Array:
-        return _decode_zeros(words, quant.bits, n_out, quant.checkpoint_format)
+    groups = group_count(spec.in_features, quant.group_size)
 
     def in_range(g_idx: np.ndarray, name: str) -> None:
         _check_range(g_idx, groups, name)
 
-    filled = linear.packed
+    like = linear.packed
     linear.weight.set_value(
-        type(filled)(
-            qweight=stack("qweight", (packed_size(n_in, quant.bits), n_out), jnp.int32),
-            scales=stack("scales", (groups, n_out), spec.dtype, check=_check_finite),
-            zeros=stack("qzeros", (groups, n_out), jnp.uint8, decode=zeros),
-            g_idx=stack("g_idx", (n_in,), jnp.int32, check=in_range) if quant.act_order else None,
-            offset=None,
-            bits=quant.bits,
-            group_size=quant.group_size,
-            shape=(n_in, n_out),
-            checkpoint_format=quant.checkpoint_format,
+        dataclasses.replace(
+            like,
+            qweight=fill("qweight", like.qweight),
+            scales=fill("scales", like.scales, check=_check_finite),
+            zeros=fill("qzeros", like.zeros, decode=_Zeros(quant.bits, spec.out_features, quant.checkpoint_format)),
+            g_idx=None if like.g_idx is None else fill("g_idx", like.g_idx, check=in_range),
         )
     )
 

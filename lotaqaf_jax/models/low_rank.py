@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lotaqaf_jax.kernels import GroupLowRank, LowRank
 from lotaqaf_jax.lora import check_settings, init_pair
@@ -50,7 +50,7 @@ def add_lora(
     alpha = 2.0 * rank if alpha is None else float(alpha)
     check_settings(rank, alpha)
 
-    def fresh(linear: Linear, labels: jax.Array) -> LowRank:
+    def fresh(linear: Linear, labels: np.ndarray) -> LowRank:
         a, b = init_stack(init_pair, seed, labels, *linear.shape, rank)
         return LowRank(a, b, alpha)
 
@@ -96,7 +96,7 @@ def add_qalora(
     check_pool(pool)
     dtype = offset_type(offset_dtype)
 
-    def fresh(linear: Linear, labels: jax.Array) -> GroupLowRank:
+    def fresh(linear: Linear, labels: np.ndarray) -> GroupLowRank:
         w = linear.packed
         a, b = init_stack(init_pair, seed, labels, w.groups, w.shape[1], rank)
         return GroupLowRank(a, b, alpha, pool, dtype)

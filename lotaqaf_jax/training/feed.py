@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,16 +21,25 @@ class Feed:
     same with threads and larger buffers; a batch is made in far less than a step takes, so neither is needed.)
     """
 
-    def __init__(self, stream: BatchStream, count: int, *, depth: int = 2) -> None:
+    def __init__(
+        self,
+        stream: BatchStream,
+        count: int,
+        put: Callable[[Any], dict[str, jax.Array]] = jax.device_put,
+        *,
+        depth: int = 2,
+    ) -> None:
         """Begin with the first batches.
 
         Args:
             stream: is moved on by ``count`` batches in all and no further.
             count: how many batches will be taken.
+            put: starts a batch on its way to the device, or devices.
             depth: how many to keep ahead. Two, because on a GPU a transfer waits for the work queued before it: the
                 batch of step n + 2, sent when step n has been queued, travels while step n + 1 runs.
         """
         self._stream = stream
+        self._put = put
         self._left = count
         self._depth = depth
         self._ahead: collections.deque[tuple[dict[str, jax.Array], dict[str, Any]]] = collections.deque()
@@ -38,7 +48,7 @@ class Feed:
     def fill(self) -> None:
         """Make batches and start their transfer until ``depth`` are ahead; returns without waiting for the device."""
         while self._left and len(self._ahead) < self._depth:
-            batch = jax.device_put(next(self._stream))
+            batch = self._put(next(self._stream))
             self._ahead.append((batch, self._stream.state()))
             self._left -= 1
 

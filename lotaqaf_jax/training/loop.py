@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lotaqaf_jax.data import TrainingData
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, Recompute, count_moves, with_omegas
+from lotaqaf_jax.parallel import put_rows, whole
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.compilation import CompiledStep, least_recompute
 from lotaqaf_jax.training.config import TrainConfig
@@ -77,6 +78,9 @@ def train(
     # Copied, because the step donates its state and the caller's model must stay whole.
     adapters = jax.tree.map(jnp.copy, adapters)
     state = TrainState(adapters, optimizer.init(adapters), jnp.int32(0))
+    if model.sharding is not None:
+        state = whole(state, model.sharding.mesh)
+    put = functools.partial(put_rows, model)
     checkpoints = RunCheckpoints(output / "checkpoints", keep=config.save_total_limit)
     resumed: int | None = None
     if config.resume_from_checkpoint:
@@ -113,11 +117,11 @@ def train(
     try:
         with StopSignal() as stop, log, bar:
             if first < total:
-                make = functools.partial(make_train_step, graph, optimizer, share=share)
-                compiled = _compile(make, config, (state, frozen, data.train.peek(0)))
+                make = functools.partial(make_train_step, graph, optimizer, share=share, placed=state)
+                compiled = _compile(make, config, (state, frozen, put(data.train.peek(0))))
             if first == 0:
                 look(0)
-            feed = Feed(data.train, total - first)
+            feed = Feed(data.train, total - first, put)
             for step in range(first + 1, total + 1):
                 batch, place = feed.take()
                 state, metrics = compiled(state, frozen, batch)

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lotaqaf_jax.data import IGNORE
+from lotaqaf_jax.kernels.sharding import BATCH
 from lotaqaf_jax.models import Adapter, Decoder, Recompute, adapted_linears, with_omegas
 from lotaqaf_jax.training.loss import summed_loss
 
@@ -58,6 +61,7 @@ def make_train_step(
     recompute: Recompute = "block",
     packed: bool = True,
     share: Callable[[jax.Array], jax.Array] | None = None,
+    placed: TrainState | None = None,
 ) -> Callable[[TrainState, nnx.State, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Build the jitted training step.
 
@@ -72,11 +76,14 @@ def make_train_step(
         recompute: what the backward pass computes again, see :meth:`lotaqaf_jax.models.Decoder.hidden_states`.
         packed: whether a row may hold several examples, which takes a mask over all pairs of tokens.
         share: t -> the share of entries of A @ B that pass omega in step t = 1, 2, ...; None leaves omega as it is.
+        placed: a state whose arrays lie on a mesh as the step shall leave them; None on one device.
 
     Returns:
         (state, frozen, batch) -> (state, metrics). ``state`` is donated. ``batch`` holds arrays (accumulate *
         rows, length).
     """
+
+    mesh = mesh_of(placed)
 
     def loss_of(adapters: nnx.State, frozen: nnx.State, part: dict[str, jax.Array]) -> jax.Array:
         return summed_loss(nnx.merge(graph, adapters, frozen), part, recompute=recompute, packed=packed)
@@ -91,6 +98,8 @@ def make_train_step(
             loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, batch)
         else:
             parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
+            if mesh is not None:  # Each part over all devices.
+                parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, P(None, BATCH)))
 
             def add(total: tuple[jax.Array, nnx.State], part: dict[str, jax.Array]) -> tuple[Any, None]:
                 loss, gradients = jax.value_and_grad(loss_of)(floats, frozen, part)
@@ -112,7 +121,16 @@ def make_train_step(
         )
         return TrainState(adapters, opt_state, state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=_compiler_options())
+    places = None
+    if placed is not None and mesh is not None:
+        places = (jax.tree.map(lambda leaf: leaf.sharding, placed), NamedSharding(mesh, P()))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=places, compiler_options=_compiler_options())
+
+
+def mesh_of(state: TrainState | None) -> Mesh | None:
+    """The mesh that a state's arrays lie on; None on one device."""
+    where = None if state is None else state.step.sharding
+    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
 
 
 def _moved(updates: nnx.State) -> jax.Array | None:

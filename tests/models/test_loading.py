@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 from lotaqaf_jax.errors import CheckpointError, ConfigError
 from lotaqaf_jax.models import DecoderConfig, linears, load_pretrained, loading
-from lotaqaf_jax.models.loading import _Reader, read_spec
+from lotaqaf_jax.models.loading import _Reader, _Zeros, read_spec
 from lotaqaf_jax.quant import QuantizedWeight, decode_zeros, encode_zeros, pack
 from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.quant.zeros import decode_zeros
 from tests.quick import quick_compilation
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
@@ -82,10 +83,10 @@ def test_a_stack_is_the_same_however_many_tensors_go_at_once(
     with ThreadPoolExecutor(2) as threads:
         reader = _Reader(CheckpointFolder(tmp_path), counted.append, threads)
         reader.most = most * tensors["layer0"].nbytes
-        stack = reader.stack(
-            list(tensors), (3, 5), jnp.int32, decode=(lambda part: 2 * jnp.asarray(part)) if decoded else None
-        )
-    np.testing.assert_array_equal(stack, (2 if decoded else 1) * np.stack(list(tensors.values())))
+        like = jax.ShapeDtypeStruct((4, 3, 40), jnp.uint8) if decoded else jax.ShapeDtypeStruct((4, 3, 5), jnp.int32)
+        stack = reader.stack(list(tensors), like, decode=_Zeros(4, 40, "gptq_v2") if decoded else None)
+    words = np.stack(list(tensors.values()))
+    np.testing.assert_array_equal(stack, decode_zeros(words, 4, 40, "gptq_v2") if decoded else words)
     assert sum(counted) == sum(array.nbytes for array in tensors.values())
 
 
