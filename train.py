@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 import convert
 from lotaqaf_jax.data import load_data, preview
@@ -28,6 +31,8 @@ from lotaqaf_jax.evaluation import evaluate
 from lotaqaf_jax.models import Decoder, local_folder
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
+from lotaqaf_jax.parallel import make_mesh, shard
+from lotaqaf_jax.parallel.processes import is_main, start
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.training import Stopped, TrainConfig, method_of, parse_config, prepare_output, summary, train
 from lotaqaf_jax.training.compilation import use_compilation_cache
@@ -37,6 +42,7 @@ from lotaqaf_jax.training.log import plot_log, read_log
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and turn what can go wrong into a sentence and an exit status."""
     try:
+        start()
         run(parse_config(sys.argv[1:] if argv is None else argv))
     except LotaError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -70,26 +76,34 @@ def run(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(base.path)
     data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
     config = config.settled(data.report.format)
-    print(summary(config, data.num_steps(config.num_train_epochs)), data.report, sep="\n")
+    if is_main():
+        print(summary(config, data.num_steps(config.num_train_epochs)), data.report, sep="\n")
     if config.dry_run:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
     prepare_output(config)
     method = method_of(config)
-    model = method.adapt(load_decoder(base, config.compute_dtype), config)
+    place = None
+    if jax.device_count() > 1:
+        place = functools.partial(shard, mesh=make_mesh(*config.mesh_shape))
+    model = method.adapt(load_decoder(base, config.compute_dtype, place=place, progress=is_main()), config)
 
     # Train, with a look at the held-out rows before and after.
     def held_out(model: Decoder, title: str) -> dict[str, float]:
         batches = data.validation or []
-        return dataclasses.asdict(evaluate(model, batches, progress=title, total=len(batches)))
+        return dataclasses.asdict(evaluate(model, batches, progress=title if is_main() else None, total=len(batches)))
 
     model = train(model, data, config, evaluate=held_out if data.validation else None)
 
     # Merge, export and verify: integers move by one step of their grid or not at all, nothing is rounded, and the
     # merged folder appears in its place only when it has been read back and every check has passed.
-    convert.save_adapter(model, output / "adapter", base=base, overwrite=True)
+    convert.save_adapter(model, output / "adapter", base=base, overwrite=True, progress=is_main())
     if method.merges:
-        print(convert.merge_and_save(model, output / "merged", base=base, overwrite=True))
+        report = convert.merge_and_save(model, output / "merged", base=base, overwrite=True, progress=is_main())
+        if is_main():
+            print(report)
+    if not is_main():
+        return
     plot_log(output / "trainer_log.jsonl", output / "training_loss.png")
 
     looks = [record for record in read_log(output / "trainer_log.jsonl") if "eval_loss" in record]

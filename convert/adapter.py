@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -30,6 +31,7 @@ from lotaqaf_jax.errors import AdapterError, CheckpointError, ConfigError
 from lotaqaf_jax.kernels import AnyAdapter, GroupLowRank, LowRank, TernaryAdapter, WeightAdapter
 from lotaqaf_jax.lora import check_settings as check_low_rank
 from lotaqaf_jax.models import TARGET_MODULES, Decoder, adapted_linears, linears
+from lotaqaf_jax.parallel.processes import fetch
 from lotaqaf_jax.qalora import check_pool
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_header, read_json
@@ -67,7 +69,7 @@ class _Format:
 def _omegas(adapters: Mapping[str, tuple[AnyAdapter, int]]) -> dict[str, Any]:
     """The setting omega of ternary adapters: one number, or one for every module."""
     found = {
-        name: float(np.asarray(adapter.omega)[i])
+        name: float(fetch(adapter.omega)[i])
         for name, (adapter, i) in adapters.items()
         if isinstance(adapter, TernaryAdapter)
     }
@@ -179,7 +181,7 @@ def save_adapter(
     def read(key: str) -> np.ndarray:
         module, _, part = key.rpartition(".")
         adapter, i = adapters[module]
-        return _checked(np.asarray((adapter.a if part == adapter.parts[0] else adapter.b)[i]), key, form)
+        return _checked(fetch((adapter.a if part == adapter.parts[0] else adapter.b)[i]), key, form)
 
     size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for dtype, shape in tensors.values())
     with new_folder(directory, overwrite=overwrite, needed=size, sources=[base.path]) as folder:
@@ -260,7 +262,10 @@ def load_adapter(model: Decoder, directory: str | Path, *, base: CheckpointFolde
             ]
             checked = [_checked(tensor, keys[name][part], form) for name, tensor in zip(names, tensors, strict=True)]
             stacks.append(jnp.asarray(np.stack(checked)))
-        linear.set_adapters(form.build(stacks[0], stacks[1], config, names))
+        adapters = form.build(stacks[0], stacks[1], config, names)
+        if linear.sharding is not None:
+            adapters = jax.device_put(adapters, linear.adapter_shardings(adapters))
+        linear.set_adapters(adapters)
         left.difference_update(*keys.values())
     if left:
         raise AdapterError(

@@ -25,6 +25,7 @@ from convert.tensors import quantized_weights, refuse_adapters
 from convert.writing import new_folder
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.parallel.processes import fetch, is_main
 from lotaqaf_jax.quant.folder import INDEX, CheckpointFolder, read_json
 
 __all__ = ["CONFIG_FILES", "export_gptq", "fill_gptq", "read_config", "signed"]
@@ -70,6 +71,27 @@ def fill_gptq(model: Decoder, base: CheckpointFolder, folder: Path, *, model_nam
         model_name: where the folder will be, for the config of the offset adapter.
         progress: show a progress bar when it takes longer than a second.
     """
+    if is_main():
+        _copy_base(base, folder, progress)
+    modules = sum(name.endswith(".qweight") for name in base.tensors)
+    with tqdm(total=modules, unit="module", desc="writing words", delay=1.0, disable=not progress) as bar:
+        for name, weight in quantized_weights(model):
+            _check_base(base, name, fetch(weight.scales))
+            entry = base.tensors[f"{name}.qweight"]
+            words = fetch(weight.qweight)
+            if words.shape != entry.shape:
+                raise CheckpointError(f"{name}.qweight: the model has {words.shape}, {base.path} has {entry.shape}.")
+            if is_main() and not np.array_equal(words, base.read(f"{name}.qweight")):
+                with (folder / entry.file.name).open("r+b") as file:
+                    file.seek(entry.start)
+                    file.write(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
+            bar.update()
+    if has_offsets(model):
+        write_offsets(model, folder / OFFSET_FOLDER, model_name=model_name)
+
+
+def _copy_base(base: CheckpointFolder, folder: Path, progress: bool) -> None:
+    """Everything of the base, the configs with our name."""
     copy_companions(base.path, folder, skip=CONFIG_FILES)
     if (base.path / INDEX).is_file():
         shutil.copyfile(base.path / INDEX, folder / INDEX)
@@ -81,21 +103,6 @@ def fill_gptq(model: Decoder, base: CheckpointFolder, folder: Path, *, model_nam
         for shard in base.shards:
             shutil.copyfile(shard, folder / shard.name)
             bar.update(shard.stat().st_size)
-    modules = sum(name.endswith(".qweight") for name in base.tensors)
-    with tqdm(total=modules, unit="module", desc="writing words", delay=1.0, disable=not progress) as bar:
-        for name, weight in quantized_weights(model):
-            _check_base(base, name, np.asarray(weight.scales))
-            entry = base.tensors[f"{name}.qweight"]
-            words = np.asarray(weight.qweight)
-            if words.shape != entry.shape:
-                raise CheckpointError(f"{name}.qweight: the model has {words.shape}, {base.path} has {entry.shape}.")
-            if not np.array_equal(words, base.read(f"{name}.qweight")):
-                with (folder / entry.file.name).open("r+b") as file:
-                    file.seek(entry.start)
-                    file.write(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
-            bar.update()
-    if has_offsets(model):
-        write_offsets(model, folder / OFFSET_FOLDER, model_name=model_name)
 
 
 def _check_base(base: CheckpointFolder, name: str, scales: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from lotaqaf_jax.quant.folder import CheckpointFolder
 __all__ = ["load_merged"]
 
 
-def load_merged(directory: str | Path, *, dtype: Any = None, progress: bool = True) -> Decoder:
+def load_merged(
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    progress: bool = True,
+    place: Callable[[Decoder], Decoder] | None = None,
+) -> Decoder:
     """Load a merged model, with the offsets that lie beside it in ``offset_adapter/``, if any.
 
     Args:
@@ -22,6 +29,7 @@ def load_merged(directory: str | Path, *, dtype: Any = None, progress: bool = Tr
         dtype: the type that activations and dequantised weights are computed in; None for float32 on a CPU and
             bfloat16 elsewhere.
         progress: show a progress bar when it takes longer than a second.
+        place: as of :func:`lotaqaf_jax.models.loading.load_decoder`, for a model on a mesh.
 
     Returns:
         The model; it computes what the adapter model computed, bit for bit.
@@ -31,6 +39,7 @@ def load_merged(directory: str | Path, *, dtype: Any = None, progress: bool = Tr
         ConfigError: an architecture or quantisation format that cannot be computed exactly.
     """
     folder = Path(directory)
-    model = load_decoder(CheckpointFolder(folder), default_dtype() if dtype is None else dtype, progress=progress)
+    dtype = default_dtype() if dtype is None else dtype
+    model = load_decoder(CheckpointFolder(folder), dtype, progress=progress, place=place)
     beside = folder / OFFSET_FOLDER
     return apply_offsets(model, beside) if beside.is_dir() else model

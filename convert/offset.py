@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,6 +34,7 @@ from convert.tensors import named_linears, take
 from convert.writing import write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder, Linear, linears
+from lotaqaf_jax.parallel.processes import fetch, is_main
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import TensorEntry, read_header
 from lotaqaf_jax.quant.weight import trivial_g_idx
@@ -58,9 +60,9 @@ def lora_pair(weight: QuantizedWeight, dtype: Any = np.float32) -> tuple[np.ndar
     n_in, n_out = weight.shape
     if weight.offset is None:
         return np.zeros((1, n_in), dtype), np.zeros((n_out, 1), dtype)
-    g_idx = trivial_g_idx(n_in, weight.group_size) if weight.g_idx is None else np.asarray(weight.g_idx)
+    g_idx = trivial_g_idx(n_in, weight.group_size) if weight.g_idx is None else fetch(weight.g_idx)
     indicator = (g_idx[None, :] == np.arange(weight.groups)[:, None]).astype(dtype)
-    step = np.asarray(weight.scales).astype(np.float32) * np.asarray(weight.offset).astype(np.float32)
+    step = fetch(weight.scales).astype(np.float32) * fetch(weight.offset).astype(np.float32)
     return indicator, np.ascontiguousarray(step.T.astype(dtype))
 
 
@@ -94,7 +96,8 @@ def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any =
         model_name: what the LoRA's config names as its base: the merged model.
         dtype: type of the LoRA's tensors. float32 leaves an error of 2**-24 of mu; float16 is half the size.
     """
-    folder.mkdir()
+    if is_main():
+        folder.mkdir()
     ranks = _ranks(model)
     lora: dict[str, tuple[Any, tuple[int, ...]]] = {}
     exact: dict[str, tuple[Any, tuple[int, ...]]] = {}
@@ -110,7 +113,7 @@ def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any =
         return lora_pair(take(*stacks[module]), dtype)[0 if part == "lora_A" else 1]
 
     def read_exact(key: str) -> np.ndarray:
-        return np.asarray(take(*stacks[key.removesuffix(".offset")]).offset)
+        return fetch(take(*stacks[key.removesuffix(".offset")]).offset)
 
     write_safetensors(folder / ADAPTER_WEIGHTS, lora, read_lora, {"format": "pt"})
     write_safetensors(folder / OFFSET_FILE, exact, read_exact, {"format": "lota-qaf offset"})
@@ -150,6 +153,8 @@ def apply_offsets(model: Decoder, folder: str | Path) -> Decoder:
         rows = np.stack([_read(entries[name], path, name, shape) for name in wanted])
         offset = jnp.asarray(rows[0] if linear is model.lm_head else rows)
         linear.weight.set_value(dataclasses.replace(weight, offset=offset))
+        if linear.sharding is not None:
+            linear.weight.set_value(jax.device_put(linear.packed, linear.weight_shardings()))
         left -= set(wanted)
     if left:
         raise CheckpointError(f"{path}: no place for {min(left)}. Pass the model that it was written with.")

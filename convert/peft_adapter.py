@@ -27,6 +27,7 @@ from lotaqaf_jax.errors import AdapterError, CheckpointError, ConfigError
 from lotaqaf_jax.kernels import LowRank
 from lotaqaf_jax.lora import check_settings
 from lotaqaf_jax.models import Adapter, Decoder, adapted_linears, linears
+from lotaqaf_jax.parallel.processes import fetch
 from lotaqaf_jax.quant.folder import CheckpointFolder, TensorEntry, read_header
 
 __all__ = [
@@ -139,7 +140,7 @@ def save_lora(model: Decoder, directory: str | Path, *, base: CheckpointFolder, 
     def read(key: str) -> np.ndarray:
         module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         pair, i = adapters[module]
-        array = np.asarray((pair.a if part == "lora_A" else pair.b)[i]).T.astype(np.float32)
+        array = fetch((pair.a if part == "lora_A" else pair.b)[i]).T.astype(np.float32)
         _check_finite(array, key)
         return array
 

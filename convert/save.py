@@ -13,6 +13,7 @@ from convert.verify import Report, verify
 from convert.writing import new_folder
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, merge
+from lotaqaf_jax.parallel.processes import barrier
 from lotaqaf_jax.quant.folder import CheckpointFolder
 
 __all__ = ["TARGETS", "check_target", "merge_and_save", "save_pretrained"]
@@ -102,4 +103,5 @@ def merge_and_save(
     with new_folder(directory, overwrite=overwrite, needed=needed, sources=[base.path]) as folder:
         fill_gptq(merged, base, folder, model_name=str(directory), progress=progress)
         del merged
+        barrier("words are written")
         return verify(base, folder, model=model, input_ids=input_ids, seed=seed, progress=progress)

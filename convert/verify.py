@@ -24,6 +24,8 @@ from lotaqaf_jax.kernels import LowRank, WeightAdapter, merge_adapter
 from lotaqaf_jax.models import Decoder, adapted_linears
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import default_dtype
+from lotaqaf_jax.parallel import shard
+from lotaqaf_jax.parallel.processes import fetch
 from lotaqaf_jax.quant import QuantizedWeight, pack, unpack
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_header
 
@@ -168,7 +170,10 @@ def verify(
     _check_layout(base, written)
     _check_files(base.path, written.path)
     identical = _check_others(base, written, progress)
-    reloaded = load_merged(merged, dtype=dtype, progress=progress)
+    # On the mesh of the adapter model, since its logits are to be met bit for bit.
+    where = None if model is None else model.sharding
+    place = None if where is None else functools.partial(shard, mesh=where.mesh)
+    reloaded = load_merged(merged, dtype=dtype, progress=progress, place=place)
     modules = tuple(_check_integers(base, written, reloaded, progress))
     _check_lora(reloaded, written.path / OFFSET_FOLDER)
     tokens = 0
@@ -272,11 +277,11 @@ def _check_merge(model: Decoder, reloaded: Decoder) -> None:
         if name in adapters:
             adapter, i = adapters[name]
             expected = _merged(weight, jax.tree.map(lambda stack, i=i: stack[i], adapter))
-        if not np.array_equal(np.asarray(found.qweight), np.asarray(expected.qweight)):
+        if not np.array_equal(fetch(found.qweight), fetch(expected.qweight)):
             raise _failed(f"{name}.qweight", "is not what the adapter makes of the base")
         if (found.offset is None) != (expected.offset is None) or (
             expected.offset is not None
-            and not np.array_equal(_bits(np.asarray(found.offset)), _bits(np.asarray(expected.offset)))
+            and not np.array_equal(_bits(fetch(found.offset)), _bits(fetch(expected.offset)))
         ):
             raise _failed(f"{name}.offset", f"in {OFFSET_FOLDER} is not the mu that the adapter makes")
 
@@ -304,7 +309,7 @@ def _check_logits(model: Decoder, reloaded: Decoder, input_ids: np.ndarray | Non
     if input_ids is None:
         length = min(32, model.config.max_position_embeddings)
         input_ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, length), dtype=np.int32)
-    expected, found = (np.asarray(m(jnp.asarray(input_ids))) for m in (model, reloaded))
+    expected, found = (fetch(m(input_ids)) for m in (model, reloaded))
     if not np.isfinite(expected).all():
         raise VerificationError(
             "the adapter model's own logits are not finite, so nothing can be compared. Train again."

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lotaqaf_jax.errors import ConfigError, OutputError
+from lotaqaf_jax.parallel.processes import agree, barrier, is_main
 
 __all__ = ["SAFETENSORS_TYPES", "TensorFile", "new_folder", "write_json", "write_safetensors"]
 
@@ -58,6 +60,31 @@ def new_folder(
         ConfigError: ``directory`` is not empty, is a file, or overlaps a source.
         OutputError: no space, no permission, or any other error of the file system.
     """
+    if jax.process_count() > 1:
+        with _shared_folder(directory, overwrite=overwrite, needed=needed, sources=sources) as folder:
+            yield folder
+        return
+    with _own_folder(directory, overwrite=overwrite, needed=needed, sources=sources) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _shared_folder(directory: str | Path, **options: Any) -> Iterator[Path]:
+    """The same for several processes: the main one makes and places it, and all of them know where it is."""
+    if is_main():
+        with _own_folder(directory, **options) as folder:
+            agree(str(folder))
+            yield folder
+            barrier(f"{directory} is written")
+        barrier(f"{directory} is in its place")
+        return
+    yield Path(agree(""))
+    barrier(f"{directory} is written")
+    barrier(f"{directory} is in its place")
+
+
+@contextlib.contextmanager
+def _own_folder(directory: str | Path, *, overwrite: bool, needed: int, sources: Sequence[Path]) -> Iterator[Path]:
     given = str(directory)
     target = Path(directory).expanduser().resolve()
     _check_target(given, target, overwrite, sources)
@@ -152,7 +179,13 @@ def _put(partial: Path, target: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | str = 2) -> None:
     """Write a JSON file as Hugging Face does: UTF-8, indented, ending in a newline."""
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    if is_main():
+        path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_order(tensors: Mapping[str, tuple[Any, tuple[int, ...]]]) -> tuple[str, ...]:
+    """The order of the names in a file: the widest types first, so that each array is aligned."""
+    return tuple(sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name)))
 
 
 class TensorFile:
@@ -178,7 +211,7 @@ class TensorFile:
                 first, so that every tensor is aligned.
             metadata: strings for the header.
         """
-        self.names = tuple(sorted(tensors, key=lambda name: (-np.dtype(tensors[name][0]).itemsize, name)))
+        self.names = file_order(tensors)
         self._tensors = {name: (np.dtype(tensors[name][0]), tensors[name][1]) for name in self.names}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         starts, end = {}, 0
@@ -233,6 +266,10 @@ def write_safetensors(
     Raises:
         ValueError: an array is not what ``tensors`` says.
     """
+    if not is_main():  # The arrays may lie on the devices of all processes, which then have to read them together.
+        for name in file_order(tensors):
+            read(name)
+        return
     with TensorFile(path, tensors, metadata) as file:
         for name in file.names:
             file.write(name, read(name))

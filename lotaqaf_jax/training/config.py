@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import yaml
 
@@ -20,6 +21,7 @@ from lotaqaf_jax.lora import check_settings as check_low_rank
 from lotaqaf_jax.models import KNOWN_MODELS
 from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.pretrained import default_dtype
+from lotaqaf_jax.parallel import mesh_shape
 from lotaqaf_jax.ternary import Offset, Surrogate, check_settings
 from lotaqaf_jax.thresholds import check_share
 from lotaqaf_jax.training.adamw import Scheduler
@@ -53,6 +55,14 @@ _ONLY: dict[str, tuple[MethodName, ...]] = {
 _RATE = ("learning_rate", "lr_scheduler_type", "warmup_ratio")
 _OF_OPTIMIZERS: dict[OptimizerName, tuple[str, ...]] = {"ternary_adam": _RATE, "t_signsgd": ("sigma_schedule", "beta")}
 """Settings that only one of LoTA-QAF's optimizers has."""
+
+_LAYOUT = (
+    "data_parallel",
+    "fsdp",
+    "tensor_parallel",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 
 TEXT_SHARE, ANSWERS_SHARE, RATE = 0.04, 0.15, 0.2
 """Of the recommended recipe: the share of entries that pass the threshold, on plain text and on rows with answers, and
@@ -150,7 +160,14 @@ class TrainConfig:
     )
     weight_decay: float = _help("lora, qalora: AdamW's, times the learning rate", 0.0)
 
-    per_device_train_batch_size: int = _help("rows that are computed at once", 8)
+    data_parallel: int | None = _help("copies of the model, each with rows of its own; none: 1", None)
+    fsdp: int | None = _help(
+        "parts that a copy is stored in, on devices with rows of their own; none: as many as devices are left", None
+    )
+    tensor_parallel: int | None = _help("devices that share the computation of a row; none: 1", None)
+    per_device_train_batch_size: int = _help(
+        "rows that a device computes at once, or the devices of tensor_parallel together", 8
+    )
     per_device_eval_batch_size: int | None = _help("the same in evaluation; none: as in training", None)
     gradient_accumulation_steps: int | None = _help(
         "batches summed up before an update; none: 1, or for a known model what makes the published 64 rows", None
@@ -238,17 +255,31 @@ class TrainConfig:
         if self.gradient_accumulation_steps is not None:
             return self.gradient_accumulation_steps
         known = KNOWN_MODELS.get(str(self.model).lower())
-        return max(1, known.batch_size // self.per_device_train_batch_size) if known else 1
+        return max(1, known.batch_size // (self.per_device_train_batch_size * self.row_shards)) if known else 1
+
+    @property
+    def mesh_shape(self) -> tuple[int, int, int]:
+        """Sizes of the mesh axes data, fsdp and tensor over the devices that JAX has.
+
+        Raises:
+            ConfigError: they do not make up that many devices.
+        """
+        return mesh_shape(jax.device_count(), self.data_parallel, self.fsdp, self.tensor_parallel)
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many parts the mesh cuts the rows of a batch."""
+        return self.mesh_shape[0] * self.mesh_shape[1]
 
     @property
     def train_batch_size(self) -> int:
         """Rows of one update."""
-        return self.per_device_train_batch_size * self.accumulation
+        return self.per_device_train_batch_size * self.accumulation * self.row_shards
 
     @property
     def eval_batch_size(self) -> int:
         """Rows of one evaluation batch."""
-        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+        return (self.per_device_eval_batch_size or self.per_device_train_batch_size) * self.row_shards
 
     @property
     def rank(self) -> int:
@@ -356,7 +387,16 @@ class TrainConfig:
             "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "logging_steps", "eval_steps",
             "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "dry_run",
         }  # fmt: skip
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in passing}
+        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in passing | set(_LAYOUT)}
+        return kept | {"train_batch_size": self.train_batch_size}
+
+    def layout(self) -> dict[str, Any]:
+        """How the rows of an update are spread over devices and time, which decides the order of sums alone."""
+        return {
+            "mesh": list(self.mesh_shape),
+            "per_device_train_batch_size": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+        }
 
 
 def check_method(method: MethodName, given: Iterable[str]) -> None:

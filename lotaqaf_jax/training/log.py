@@ -9,12 +9,16 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.parallel.processes import is_main
 
 __all__ = ["RunLog", "plot_log", "read_log"]
 
 
 class RunLog:
-    """Appends records to ``trainer_log.jsonl``, one JSON object a line with its ``step``, and passes them on."""
+    """Appends records to ``trainer_log.jsonl``, one JSON object a line with its ``step``, and passes them on.
+
+    Of several processes the main one does; the others write nothing.
+    """
 
     def __init__(self, path: str | Path, *, report_to: str = "none", resume_step: int | None = None) -> None:
         """Open the log.
@@ -28,15 +32,20 @@ class RunLog:
             ConfigError: the package that ``report_to`` needs is not installed.
         """
         self.path = Path(path)
+        self._file: TextIO | None = None
+        if not is_main():
+            return
         kept = [] if resume_step is None else [entry for entry in read_log(self.path) if entry["step"] <= resume_step]
         beside = self.path.with_suffix(".partial")
         beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         os.replace(beside, self.path)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         self._reporter = _reporter(report_to, self.path.parent)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append ``record`` under ``step``; it is on disk when this returns."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
         if self._reporter is not None:
@@ -48,7 +57,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _reporter(report_to: str, directory: Path) -> Any:

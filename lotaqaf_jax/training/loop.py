@@ -18,6 +18,7 @@ from lotaqaf_jax.data import TrainingData
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, Recompute, count_moves, with_omegas
 from lotaqaf_jax.parallel import put_rows, whole
+from lotaqaf_jax.parallel.processes import is_main
 from lotaqaf_jax.training.checkpoints import RunCheckpoints
 from lotaqaf_jax.training.compilation import CompiledStep, least_recompute
 from lotaqaf_jax.training.config import TrainConfig
@@ -88,7 +89,8 @@ def train(
         state, place = checkpoints.load(resumed, state)
         _same_settings(config, total, place)
         data.train.restore(place["data"])
-        print(f"resumed from step {resumed} of {total}")
+        if is_main():
+            print(f"resumed from step {resumed} of {total}{_other_layout(config, place)}")
 
     first = int(state.step)
 
@@ -112,7 +114,7 @@ def train(
             log.write(step, {f"eval_{name}": value for name, value in numbers.items()})
 
     log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
-    bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not is_main())
     results = Results(model, done)
     try:
         with StopSignal() as stop, log, bar:
@@ -136,14 +138,19 @@ def train(
                     results.read()
                     look(step)
                     results.clock.restart()
-                stopping = stop.received is not None and step < total
+                stopping = stop.by_all(step) and step < total
                 if stopping or (config.save_steps and step % config.save_steps == 0):
                     results.read()
                     # The place behind this step's batch; the stream itself is further on.
-                    kept = {"data": place, "settings": config.decisive(), "total_steps": total}
+                    kept = {
+                        "data": place,
+                        "settings": config.decisive(),
+                        "layout": config.layout(),
+                        "total_steps": total,
+                    }
                     checkpoints.save(state, kept, wait=stopping)
-                if stopping and stop.received is not None:
-                    raise Stopped(step, 128 + int(stop.received))
+                if stopping:
+                    raise Stopped(step, stop.status)
     finally:
         checkpoints.close()
     return current()
@@ -164,12 +171,28 @@ def _compile(make: Callable[..., Any], config: TrainConfig, arguments: tuple[Any
         way, step = least_recompute(compiled)
     else:
         way, step = config.recompute, compiled(config.recompute)
-    tqdm.write(f"compiled the step in {time.perf_counter() - started:.1f} s; recomputing in the backward pass: {way}")
+    if is_main():
+        tqdm.write(
+            f"compiled the step in {time.perf_counter() - started:.1f} s; recomputing in the backward pass: {way}"
+        )
     return step
+
+
+def _other_layout(config: TrainConfig, place: dict[str, Any]) -> str:
+    """What to say where the run goes on with its rows spread otherwise over devices or time."""
+    then, now = place.get("layout", config.layout()), config.layout()
+    other = [f"{key} {then[key]} then, {now[key]} now" for key in now if then.get(key) != now[key]]
+    if not other:
+        return ""
+    return (
+        f"; {', '.join(other)}: the rows are the same, sums are rounded in another order, and losses agree to rounding"
+    )
 
 
 def _same_settings(config: TrainConfig, total: int, place: dict[str, Any]) -> None:
     now, then = {**config.decisive(), "total_steps": total}, {**place["settings"], "total_steps": place["total_steps"]}
+    if "per_device_train_batch_size" in then:  # Written before there were meshes.
+        then |= {"train_batch_size": then["per_device_train_batch_size"] * (then["gradient_accumulation_steps"] or 1)}
     # A setting that the run's release did not have yet is what it is without being given.
     then = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING} | then
     # Steps in all may have been given as epochs before and as steps now; only what they come to matters.

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.parallel.processes import barrier, is_main
 from lotaqaf_jax.training.config import TrainConfig
 
 __all__ = ["WRITTEN", "prepare_output"]
@@ -17,10 +18,18 @@ WRITTEN = ("adapter", "merged", "checkpoints", "runs", "trainer_log.jsonl", "tra
 def prepare_output(config: TrainConfig) -> None:
     """Make ``output_dir`` ready: new or empty, or cleared of an earlier run, or kept to go on from.
 
+    Of several processes the main one does it, and all return when it is done.
+
     Raises:
         ConfigError: it is a file, or not empty and neither ``overwrite_output_dir`` nor ``resume_from_checkpoint`` is
             given.
     """
+    if is_main():
+        _prepare(config)
+    barrier("output_dir is ready")
+
+
+def _prepare(config: TrainConfig) -> None:
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output_dir {output}: is a file. Name a folder.")
