@@ -30,23 +30,34 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    found = {name: environment.get(name) for name in (_COORDINATOR, _COUNT, _NUMBER)}
-    if any(found.values()):
-        missing = [name for name, value in found.items() if not value]
-        if missing:
-            raise ConfigError(f"{', '.join(missing)}: not set, while others of {', '.join(found)} are. Set all three.")
-        try:
-            count, number = int(str(found[_COUNT])), int(str(found[_NUMBER]))
-        except ValueError:
-            raise ConfigError(
-                f"{_COUNT} and {_NUMBER}: found {found[_COUNT]!r} and {found[_NUMBER]!r}, not numbers."
-            ) from None
+    given = {name: environment.get(name) for name in (_COORDINATOR, _COUNT, _NUMBER)}
+    if any(given.values()):
+        count, number = _numbers(given)
         if count > 1:
-            jax.distributed.initialize(found[_COORDINATOR], count, number)
-    elif (int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment) or int(
-        environment.get("OMPI_COMM_WORLD_SIZE", "1")
-    ) > 1:
-        jax.distributed.initialize()
+            _initialize(coordinator_address=given[_COORDINATOR], num_processes=count, process_id=number)
+        return
+    slurm = int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment
+    if slurm or int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        _initialize()
+
+
+def _initialize(**arguments: Any) -> None:
+    # On a CPU the collectives of a program hold threads while they wait. Two programs at once can hold all there are,
+    # each waiting for a device that works on the other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(**arguments)
+
+
+def _numbers(given: Mapping[str, str | None]) -> tuple[int, int]:
+    missing = [name for name, value in given.items() if not value]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not set, while others of {', '.join(given)} are. Set all three.")
+    try:
+        return int(str(given[_COUNT])), int(str(given[_NUMBER]))
+    except ValueError:
+        raise ConfigError(
+            f"{_COUNT} and {_NUMBER}: found {given[_COUNT]!r} and {given[_NUMBER]!r}, not numbers."
+        ) from None
 
 
 def is_main() -> bool:

@@ -23,7 +23,6 @@ from lotaqaf_jax.models import DecoderConfig, linears, load_pretrained, loading
 from lotaqaf_jax.models.loading import _Reader, _Zeros, read_spec
 from lotaqaf_jax.quant import QuantizedWeight, decode_zeros, encode_zeros, pack
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from lotaqaf_jax.quant.zeros import decode_zeros
 from tests.quick import quick_compilation
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
