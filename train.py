@@ -28,6 +28,7 @@ from lotaqaf_jax.evaluation import evaluate
 from lotaqaf_jax.models import Decoder, local_folder
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
+from lotaqaf_jax.plan import about_run
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.training import Stopped, TrainConfig, method_of, parse_config, prepare_output, summary, train
 from lotaqaf_jax.training.compilation import use_compilation_cache
@@ -70,7 +71,8 @@ def run(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(base.path)
     data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
     config = config.settled(data.report.format)
-    print(summary(config, data.num_steps(config.num_train_epochs)), data.report, sep="\n")
+    about = about_run(config, base, data.report.row_length)  # on a GPU: memory and time, or that it cannot fit
+    print(summary(config, data.num_steps(config.num_train_epochs)), *about, data.report, sep="\n")
     if config.dry_run:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return

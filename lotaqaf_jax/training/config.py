@@ -180,6 +180,7 @@ class TrainConfig:
         "where to send the log besides trainer_log.jsonl", "none"
     )
     dry_run: bool = _help("print settings, data and some tokens with their loss mask, then stop", False)
+    skip_memory_check: bool = _help("on a GPU, try a run that is estimated not to fit its memory", False)
 
     def __post_init__(self) -> None:
         minimum = {
@@ -354,7 +355,7 @@ class TrainConfig:
         """The settings that decide the numbers of a run; a resumed run must have the same."""
         passing = {
             "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "logging_steps", "eval_steps",
-            "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "dry_run",
+            "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "dry_run", "skip_memory_check",
         }  # fmt: skip
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in passing}
 
