@@ -29,7 +29,7 @@ from lotaqaf_jax.plan.sizes import Settings, Shape, shape_of
 from lotaqaf_jax.quant.config import QuantizationConfig
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_json
 
-__all__ = ["about", "main", "published_rank", "read_shape"]
+__all__ = ["about", "main", "parser", "planned", "published_rank", "read_shape"]
 
 LARGE = 30e9
 """Parameters from which the paper halves the rank."""
@@ -38,7 +38,7 @@ MOST_CARDS = 512
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a plan; exit status 0, 1 where nothing fits, 2 for an error."""
-    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         return _run(options)
     except LotaError as problem:
@@ -46,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
         prog="python -m lotaqaf_jax.plan",
         description="Memory and time of a training step, estimated. What is not given is chosen for speed.",
     )
-    add = parser.add_argument
+    add = found.add_argument
     add("--model", required=True, help="a size (such as llama-3.3-70b), or a folder with a config.json")
     add("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     add("--count", type=int, default=1, help="cards (1)")
@@ -71,10 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--packing", action="store_true", help="several examples in a row")
     add("--memory_fraction", type=float, default=MEMORY_FRACTION, help=f"of a card, given to XLA ({MEMORY_FRACTION})")
     add("--json", action="store_true", help="print JSON")
-    return parser
+    return found
 
 
-def _run(options: argparse.Namespace) -> int:
+def planned(options: argparse.Namespace) -> tuple[Plan, bool, int]:
+    """The plan of a command line, read by :func:`parser`; whether it fits; and the rows that were asked for.
+
+    Raises:
+        ConfigError: a flag that is out of range, or a layout that does not make the count.
+        CheckpointError: a damaged checkpoint.
+    """
     for name in ("count", "batch", "rows"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name}: found {getattr(options, name)}, expected 1 or more.")
@@ -95,19 +102,21 @@ def _run(options: argparse.Namespace) -> int:
         fsdp=options.fsdp,
         tensor=options.tensor,
     )
-    # With --batch alone an update is one batch of every card: a row is then split over no more than it says.
-    rows = options.rows or 64
-    if options.batch is not None and options.rows is None:
-        rows = 1
-    plan, fits = fastest(
-        shape, card, options.count, settings, rows=rows, space=space, memory_fraction=options.memory_fraction
-    )
+    # With --batch alone, an update is one batch of every card.
+    rows = options.rows or (64 if options.batch is None else 1)
+    fraction = options.memory_fraction
+    plan, fits = fastest(shape, card, options.count, settings, rows=rows, space=space, memory_fraction=fraction)
+    return plan, fits, rows
+
+
+def _run(options: argparse.Namespace) -> int:
+    plan, fits, rows = planned(options)
     advice = [] if fits else _advice(plan, rows)
     if options.json:
         print(json.dumps({"model": options.model, **plan.as_dict(), "advice": advice}, indent=1))
     else:
         print(about(plan, options.model))
-        print("\n".join(["does not fit.", *advice] if not fits else [_verdict(plan)]))
+        print("\n".join([_verdict(plan)] if fits else ["does not fit.", *advice]))
     return 0 if fits else 1
 
 

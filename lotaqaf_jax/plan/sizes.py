@@ -96,10 +96,10 @@ class Layout:
             )
         for _, path, linear in projections(shape):
             if t > 1 and path.endswith(ROWS) and not _splits(linear, t):
-                raise ConfigError(
-                    f"--tensor: {t} parts of the {linear.in_features} inputs of {path} are not whole groups of "
-                    f"{linear.quant.group_size if linear.quant else 1}. Use a smaller --tensor."
-                )
+                found = f"{t} parts of the {linear.in_features} inputs of {path} are not whole groups"
+                if linear.quant and linear.quant.act_order:
+                    found = f"the groups of {path} lie in no order (act-order), so that no part of its inputs is whole"
+                raise ConfigError(f"--tensor: {found}. Use a smaller --tensor; 1 always works.")
 
 
 ONE_DEVICE = Layout()
