@@ -40,9 +40,8 @@ def tables() -> str:
 def table(model: str) -> str:
     """One model on all cards."""
     lines = "".join(line for card in CARDS for line in rows(model, card))
-    return (
-        f"### {MODELS[model]}\n\n    python -m lotaqaf_jax.plan --model {model} --gpu h100 --count 8\n\n{HEADER}{lines}"
-    )
+    command = f"python -m lotaqaf_jax.plan --model {model} --gpu h100 --count 8"
+    return f"### {MODELS[model]}\n\n    {command}    # and so on\n\n{HEADER}{lines}"
 
 
 def rows(model: str, card: str) -> Iterator[str]:

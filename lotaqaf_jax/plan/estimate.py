@@ -157,8 +157,9 @@ def fastest(
     space: Space = Space(),
     memory_fraction: float = MEMORY_FRACTION,
 ) -> tuple[Plan, bool]:
-    """The plan for ``count`` devices with most tokens a second among those that fit, or one that takes less memory and
-    is as fast but for a share :data:`CLOSE`; if none fits, the one that takes least memory.
+    """The plan for ``count`` devices with most tokens a second among those that fit; of those as fast but for a share
+    :data:`CLOSE`, the one with the least tensor, of whose waiting least is known, and then the least memory. If none
+    fits, the one that takes least memory.
 
     Args:
         shape: the model.
@@ -191,7 +192,7 @@ def fastest(
     if fit:
         most = max(plan.tokens_per_second for plan in fit)
         close = [plan for plan in fit if plan.tokens_per_second >= (1 - CLOSE) * most]
-        return min(close, key=lambda plan: plan.memory.total), True
+        return min(close, key=lambda plan: (plan.layout.tensor, plan.memory.total)), True
     assert leanest is not None  # there is a layout, and a batch for it
     return estimate(shape, gpu, leanest[2], leanest[1], memory_fraction=memory_fraction), False
 
