@@ -87,7 +87,8 @@ class Layout:
         """Whether a model can be split so.
 
         Raises:
-            ConfigError: tensor does not divide the heads, or cuts through a group of a weight's inputs.
+            ConfigError: fsdp and tensor do not divide a weight's outputs, which JAX does not split unevenly; or tensor
+                does not divide the heads, or cuts through a group of a weight's inputs.
         """
         t, config = self.tensor, shape.config
         if config.num_key_value_heads % t:
@@ -95,6 +96,12 @@ class Layout:
                 f"--tensor: found {t}, expected a divisor of the model's {config.num_key_value_heads} key/value heads."
             )
         for _, path, linear in projections(shape):
+            _, o = parts(path, self)
+            if linear.out_features % o:
+                raise ConfigError(
+                    f"--fsdp: the {linear.out_features} outputs of {path} are not split evenly over {o} cards. Use a "
+                    "power of two."
+                )
             if t > 1 and path.endswith(ROWS) and not _splits(linear, t):
                 found = f"{t} parts of the {linear.in_features} inputs of {path} are not whole groups"
                 if linear.quant and linear.quant.act_order:

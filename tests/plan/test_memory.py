@@ -220,16 +220,29 @@ def test_parts_of_all_devices_make_up_the_whole(fsdp: int, tensor: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "tensor", "message"),
+    ("shape", "layout", "message"),
     [
-        (shape_of(preset("qwen2.5-1.5b")), 4, "--tensor: found 4, expected a divisor of the model's 2 key/value heads"),
-        (shape_of(preset("qwen2.5-14b")), 8, "--tensor: 8 parts of the 13824 inputs of mlp.down_proj are not whole"),
-        (SHAPES["mixed"], 2, "--tensor: the groups of self_attn.o_proj lie in no order"),
+        (
+            SHAPES["8B"],
+            Layout(fsdp=3),
+            "--fsdp: the 4096 outputs of self_attn.q_proj are not split evenly over 3 cards",
+        ),
+        (
+            shape_of(preset("qwen2.5-1.5b")),
+            Layout(tensor=4),
+            "--tensor: found 4, expected a divisor of the model's 2 key/value heads",
+        ),
+        (
+            shape_of(preset("qwen2.5-14b")),
+            Layout(tensor=8),
+            "--tensor: 8 parts of the 13824 inputs of mlp.down_proj are not whole",
+        ),
+        (SHAPES["mixed"], Layout(tensor=2), "--tensor: the groups of self_attn.o_proj lie in no order"),
     ],
 )
-def test_a_model_that_cannot_be_split_so_is_refused(shape: Shape, tensor: int, message: str) -> None:
+def test_a_model_that_cannot_be_split_so_is_refused(shape: Shape, layout: Layout, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        memory_of(shape, Settings(), Layout(tensor=tensor))
+        memory_of(shape, Settings(), layout)
 
 
 @pytest.mark.parametrize(
