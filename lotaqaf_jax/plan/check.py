@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.loading import read_spec
-from lotaqaf_jax.plan.estimate import MEMORY_FRACTION, fitting
+from lotaqaf_jax.plan.estimate import MEMORY_FRACTION, Fit, fitting
 from lotaqaf_jax.plan.hardware import GIB, Gpu, gpu_of_kind
 from lotaqaf_jax.plan.memory import RESERVE, memory_of
 from lotaqaf_jax.plan.seconds import seconds_of
@@ -37,6 +37,9 @@ _FLAGS = {
     "length": "max_seq_length",
 }
 """train.py's names of what :class:`Settings` calls otherwise."""
+
+
+_WORKING = {"backward": "a layer at work", "loss": "logits at work", "update": "the update at work"}
 
 
 def settings_of(config: TrainConfig, length: int | None = None) -> Settings:
@@ -100,7 +103,7 @@ def check_fits(
         f"memory       about {_gib(memory.needed)} of {_gib(device_memory)} GiB with --recompute {settings.recompute}: "
         f"weights {_gib(held.total - held.adapters - held.optimizer)}, "
         f"adapters {_gib(held.adapters + held.optimizer + peak.floats + peak.gradients)}, "
-        f"kept for the backward pass {_gib(peak.saved)}, {peak.name} {_gib(peak.working)}"
+        f"kept for the backward pass {_gib(peak.saved)}, {_WORKING[peak.name]} {_gib(peak.working)}"
     ]
     if config.gradient_checkpointing and config.recompute == "auto":
         other = memory_of(shape, dataclasses.replace(settings, recompute="products"), layout).needed
@@ -146,27 +149,31 @@ def _refusal(shape: Shape, settings: Settings, layout: Layout, limit: float, nee
 
 
 def _remedy(shape: Shape, settings: Settings, layout: Layout, limit: float) -> str:
-    """What would fit, as the end of a message: a larger share of the card, other settings, or more devices."""
-    found = []
+    """What would fit, as the end of a message: other settings; a larger share of the card, where that changes fewer of
+    them; or which device."""
+    fit, found = fitting(shape, settings, layout, limit), []
     if _XLA_FRACTION not in os.environ:
         larger = limit / _XLA_DEFAULT * MEMORY_FRACTION
-        if memory_of(shape, settings, layout).total <= larger:
-            found.append(f"{_XLA_FRACTION}={MEMORY_FRACTION} in the environment gives {_gib(larger)} GiB and would do")
-    fit = fitting(shape, settings, layout, limit)
+        roomier = fitting(shape, settings, layout, larger)
+        if roomier is not None and (fit is None or len(roomier.changes) < len(fit.changes)):
+            share = f"{_XLA_FRACTION}={MEMORY_FRACTION} in the environment gives {_gib(larger)} GiB, where"
+            found.append(f"{share} {_would(shape, settings, roomier)}")
     if fit is not None:
-        # Of a padded row; max_seq_length itself may be larger, and has to come down to the same.
-        flags = [f"--{_FLAGS.get(name, name)} {value}" for name, value in fit.changes]
-        if "recompute" in dict(fit.changes) and settings.recompute == "none":
-            flags.insert(0, "--gradient_checkpointing true")
-        needed = memory_of(shape, fit.settings, fit.layout).needed
-        found.append(f"{' '.join(flags)} would take {_gib(needed)} GiB")
+        found.append(_would(shape, settings, fit))
     if not found:
         small = memory_of(shape, dataclasses.replace(settings, batch=1, recompute="block"), layout)
         return (
-            f"No setting of this model fits: its weights alone take {_gib(small.held.total)} GiB with their adapters. "
+            f"No setting of this model fits: its weights, adapters and optimizer alone take {_gib(small.held.total)} GiB. "
             f"Use a smaller model or width, or a device of {_gib(small.needed / (1 - RESERVE))} GiB."
         )
-    return "; ".join(found) + "."
+    return "; or ".join(found) + "."
+
+
+def _would(shape: Shape, settings: Settings, fit: Fit) -> str:
+    flags = [f"--{_FLAGS.get(name, name)} {value}" for name, value in fit.changes]
+    if settings.recompute == "none" and fit.settings.recompute != "none":
+        flags.insert(0, "--gradient_checkpointing true")
+    return f"{' '.join(flags) or 'this run'} would take {_gib(memory_of(shape, fit.settings, fit.layout).needed)} GiB"
 
 
 def _gib(size: float) -> str:

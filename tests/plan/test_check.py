@@ -98,11 +98,21 @@ def test_a_larger_share_of_the_card_is_named_where_it_does(monkeypatch: pytest.M
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     assert name not in "".join(check_fits(run, QWEN, limit))
     monkeypatch.delenv(name)
-    assert f"{name}=0.92 in the environment gives 33.1 GiB" in "".join(check_fits(run, QWEN, limit))
+    told = "".join(check_fits(run, QWEN, limit))
+    assert f"{name}=0.92 in the environment gives 33.1 GiB, where this run would take " in told
+    assert "; or --per_device_train_batch_size 8 --gradient_accumulation_steps 2 would take " in told
+    # With a share of its own, fewer rows are enough; without, the rank would have to be halved too.
+    with pytest.raises(ConfigError) as refused:
+        check_fits(config(), QWEN, 18 * GIB)
+    fewer, and_less = str(refused.value).split("; or ")
+    assert "--lora_r" not in fewer
+    assert "--lora_r 32" in and_less
 
 
 def test_a_model_that_is_too_large_altogether_says_so() -> None:
-    with pytest.raises(ConfigError, match="No setting of this model fits: its weights alone take"):
+    with pytest.raises(
+        ConfigError, match="No setting of this model fits: its weights, adapters and optimizer alone take"
+    ):
         check_fits(config(), shape_of(preset("llama-3.1-405b")), 70 * GIB)
 
 
