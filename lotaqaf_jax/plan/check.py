@@ -162,9 +162,10 @@ def _remedy(shape: Shape, settings: Settings, layout: Layout, limit: float) -> s
         found.append(_would(shape, settings, fit))
     if not found:
         small = memory_of(shape, dataclasses.replace(settings, batch=1, recompute="block"), layout)
+        held, whole = _gib(small.held.total), _gib(small.needed / (1 - RESERVE))
         return (
-            f"No setting of this model fits: its weights, adapters and optimizer alone take {_gib(small.held.total)} GiB. "
-            f"Use a smaller model or width, or a device of {_gib(small.needed / (1 - RESERVE))} GiB."
+            f"No setting of this model fits: its weights, adapters and optimizer alone take {held} GiB. Use a smaller "
+            f"model or width, or a device of {whole} GiB."
         )
     return "; or ".join(found) + "."
 
