@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import convert
+from convert.writing import clear_leftovers
 from lotaqaf_jax.data import load_data, preview
 from lotaqaf_jax.errors import LotaError
 from lotaqaf_jax.evaluation import evaluate
@@ -75,6 +76,8 @@ def run(config: TrainConfig) -> None:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
     prepare_output(config)
+    for name in ("adapter", "merged"):
+        clear_leftovers(output / name)
     method = method_of(config)
     model = method.adapt(load_decoder(base, config.compute_dtype), config)
 
