@@ -1,4 +1,4 @@
-"""Real processes, really killed: a run that is killed anywhere and restarted is, bit for bit, one that was not killed."""
+"""Real processes, really killed: a run killed anywhere and restarted is, bit for bit, one that was not killed."""
 
 from __future__ import annotations
 
