@@ -3,6 +3,7 @@
     python train.py                                              the small model that is shipped, on its own data
     python train.py --model qwen2.5-14b-gptq --dataset gsm8k     a known model; a folder or hub name works too
     python train.py --config settings.yaml --omega 16            settings of a file, flags on top
+    python train.py ... --save_steps 100 --resume_from_checkpoint auto     to be started again whenever it was killed
     python train.py --method lora ...                            a baseline: lora or qalora in place of ternary adapters
     python train.py --help                                       all settings
 

@@ -4,7 +4,8 @@ or whose disk is full.
     python -m tests.training.kill FOLDER KILLS SEED      prints what happened as one line of JSON
     python -m tests.training.kill FOLDER                 the same of runs with a full disk
 
-This process imports all that a run needs and starts no device; every run is a fork of it, which spares it the imports.
+This process imports all that a run needs and starts no device, which would start threads: every run is a fork of it,
+which spares it the imports.
 FOLDER holds ``model/`` and ``rows.jsonl``, and gets a folder for each run, in which the run works. JAX is to keep what
 it compiles in ``compiled/``.
 """
@@ -98,6 +99,7 @@ def start(place: Path, flags: list[str] = FLAGS, trap: Trap | None = None) -> in
         return process
     status = 70
     try:
+        signal.alarm(300)  # Ends one that hangs, which the test then hears of.
         said = os.open(place / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
