@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -144,7 +145,8 @@ class RunCheckpoints:
         for one in set(steps) - set(kept):
             # Renamed first, so that whatever has the name of a step is whole.
             dropped = self.directory / f"{_DROPPED}{one}"
-            (self.directory / str(one)).rename(dropped)
+            with contextlib.suppress(FileNotFoundError):  # Another process of the run was quicker.
+                (self.directory / str(one)).rename(dropped)
             shutil.rmtree(dropped, ignore_errors=True)
         self._orbax.reload()
 

@@ -117,38 +117,39 @@ def train(
             numbers = evaluate(current(), f"held-out rows at step {step}")
             log.write(step, {f"eval_{name}": value for name, value in numbers.items()})
 
-    log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
-    bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
-    results = Results(model, done)
-    with checkpoints, StopSignal() as stop, log, bar:
-        if first < total:
-            make = functools.partial(make_train_step, graph, optimizer, share=share)
-            compiled = _compile(make, config, (state, frozen, data.train.peek(0)))
-        if first == 0:
-            look(0)
-        feed = Feed(data.train, total - first)
-        for step in range(first + 1, total + 1):
-            batch, place = feed.take()
-            state, metrics = compiled(state, frozen, batch)
-            # Queued now, since the next step is given this state's memory.
-            logged = step % config.logging_steps == 0 or step in (1, total)
-            results.add(step, metrics, count_moves(current()) if logged else None)
-            feed.fill()
-            # The step before is read while this one runs. A NaN is thus found one step late, so whatever looks at
-            # the state, or keeps it, first reads all that is queued.
-            results.read(leave=1)
-            if step == total or (config.eval_steps and step % config.eval_steps == 0):
-                results.read()
-                look(step)
-                results.clock.restart()
-            stopping = stop.received is not None and step < total
-            if stopping or (config.save_steps and step % config.save_steps == 0):
-                results.read()
-                # The place behind this step's batch; the stream itself is further on.
-                kept = {"data": place, "settings": config.decisive(), "total_steps": total}
-                checkpoints.save(state, kept, wait=stopping)
-            if stopping and stop.received is not None:
-                raise Stopped(step, 128 + int(stop.received))
+    with checkpoints:
+        log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
+        bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
+        results = Results(model, done)
+        with StopSignal() as stop, log, bar:
+            if first < total:
+                make = functools.partial(make_train_step, graph, optimizer, share=share)
+                compiled = _compile(make, config, (state, frozen, data.train.peek(0)))
+            if first == 0:
+                look(0)
+            feed = Feed(data.train, total - first)
+            for step in range(first + 1, total + 1):
+                batch, place = feed.take()
+                state, metrics = compiled(state, frozen, batch)
+                # Queued now, since the next step is given this state's memory.
+                logged = step % config.logging_steps == 0 or step in (1, total)
+                results.add(step, metrics, count_moves(current()) if logged else None)
+                feed.fill()
+                # The step before is read while this one runs. A NaN is thus found one step late, so whatever looks at
+                # the state, or keeps it, first reads all that is queued.
+                results.read(leave=1)
+                if step == total or (config.eval_steps and step % config.eval_steps == 0):
+                    results.read()
+                    look(step)
+                    results.clock.restart()
+                stopping = stop.received is not None and step < total
+                if stopping or (config.save_steps and step % config.save_steps == 0):
+                    results.read()
+                    # The place behind this step's batch; the stream itself is further on.
+                    kept = {"data": place, "settings": config.decisive(), "total_steps": total}
+                    checkpoints.save(state, kept, wait=stopping)
+                if stopping and stop.received is not None:
+                    raise Stopped(step, 128 + int(stop.received))
     return current()
 
 
