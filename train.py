@@ -3,6 +3,7 @@
     python train.py                                              the small model that is shipped, on its own data
     python train.py --model qwen2.5-14b-gptq --dataset gsm8k     a known model; a folder or hub name works too
     python train.py --config settings.yaml --omega 16            settings of a file, flags on top
+    python train.py ... --save_steps 100 --resume_from_checkpoint auto     to be started again whenever it was killed
     python train.py --method lora ...                            a baseline: lora or qalora in place of ternary adapters
     python train.py --help                                       all settings
 
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import convert
+from convert.writing import clear_leftovers
 from lotaqaf_jax.data import load_data, preview
 from lotaqaf_jax.errors import LotaError
 from lotaqaf_jax.evaluation import evaluate
@@ -77,6 +79,8 @@ def run(config: TrainConfig) -> None:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
     prepare_output(config)
+    for name in ("adapter", "merged"):
+        clear_leftovers(output / name)
     method = method_of(config)
     model = method.adapt(load_decoder(base, config.compute_dtype), config)
 
