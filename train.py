@@ -3,6 +3,7 @@
     python train.py                                              the small model that is shipped, on its own data
     python train.py --model qwen2.5-14b-gptq --dataset gsm8k     a known model; a folder or hub name works too
     python train.py --config settings.yaml --omega 16            settings of a file, flags on top
+    python train.py ... --save_steps 100 --resume_from_checkpoint auto     to be started again whenever it was killed
     python train.py --method lora ...                            a baseline: lora or qalora in place of ternary adapters
     python train.py --help                                       all settings
 
@@ -25,6 +26,7 @@ from pathlib import Path
 import jax
 
 import convert
+from convert.writing import clear_leftovers
 from lotaqaf_jax.data import load_data, preview
 from lotaqaf_jax.errors import LotaError
 from lotaqaf_jax.evaluation import evaluate
@@ -33,6 +35,7 @@ from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.parallel import make_mesh, shard
 from lotaqaf_jax.parallel.processes import is_main, start
+from lotaqaf_jax.plan import about_run
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.training import Stopped, TrainConfig, method_of, parse_config, prepare_output, summary, train
 from lotaqaf_jax.training.compilation import use_compilation_cache
@@ -76,12 +79,16 @@ def run(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(base.path)
     data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
     config = config.settled(data.report.format)
+    about = about_run(config, base, data.report.row_length)  # on a GPU: memory and time, or that it cannot fit
     if is_main():
-        print(summary(config, data.num_steps(config.num_train_epochs)), data.report, sep="\n")
+        print(summary(config, data.num_steps(config.num_train_epochs)), *about, data.report, sep="\n")
     if config.dry_run:
         print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
     prepare_output(config)
+    if is_main():
+        for name in ("adapter", "merged"):
+            clear_leftovers(output / name)
     method = method_of(config)
     place = None
     if jax.device_count() > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -18,11 +20,12 @@ import numpy as np
 from lotaqaf_jax.errors import ConfigError, OutputError
 from lotaqaf_jax.parallel.processes import agree, barrier, is_main
 
-__all__ = ["SAFETENSORS_TYPES", "TensorFile", "new_folder", "write_json", "write_safetensors"]
+__all__ = ["SAFETENSORS_TYPES", "TensorFile", "clear_leftovers", "new_folder", "write_json", "write_safetensors"]
 
 # What a folder that this package writes always holds one of. Only such a folder is ever replaced.
 _OURS = ("config.json", "adapter_config.json", "manifest.json")
 _SPARE = 16 * 2**20  # bytes left free beyond what is going to be written
+_PARTIAL, _OLD = ".partial-", ".old-"
 
 SAFETENSORS_TYPES = {
     "float64": "F64",
@@ -45,7 +48,8 @@ def new_folder(
     """Fill a folder that appears at ``directory`` whole, or not at all.
 
     Gives an empty folder beside ``directory``. When the block ends well its files are flushed to the disk and it is
-    renamed; when it raises, Ctrl-C included, it is removed and whatever was at ``directory`` is as it was.
+    renamed; when it raises, Ctrl-C included, it is removed and whatever was at ``directory`` is as it was. A process
+    that is killed leaves a hidden folder behind, which the next one for the same ``directory`` removes.
 
     Args:
         directory: where the folder is to appear; parents are made.
@@ -87,6 +91,7 @@ def _shared_folder(directory: str | Path, **options: Any) -> Iterator[Path]:
 def _own_folder(directory: str | Path, *, overwrite: bool, needed: int, sources: Sequence[Path]) -> Iterator[Path]:
     given = str(directory)
     target = Path(directory).expanduser().resolve()
+    clear_leftovers(target)
     _check_target(given, target, overwrite, sources)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,9 +101,10 @@ def _own_folder(directory: str | Path, *, overwrite: bool, needed: int, sources:
                 f"{given}: {(needed + _SPARE) / 1e9:.3g} GB are needed there, {free / 1e9:.3g} GB are free. Nothing "
                 "was written; free some space or choose another folder."
             )
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
     except OSError as problem:
         raise _explained(problem, given) from problem
+    lock = _lock(partial)
     try:
         partial.chmod(0o777 & ~_umask())
         yield partial
@@ -108,6 +114,57 @@ def _own_folder(directory: str | Path, *, overwrite: bool, needed: int, sources:
         raise _explained(problem, given) from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def clear_leftovers(directory: str | Path) -> None:
+    """Remove what killed processes left beside ``directory``; what they had begun to replace is put back in its place.
+
+    The folders of processes that are still at work stay: each holds a lock on its own, which the system takes from a
+    process that ends in whatever way.
+
+    Args:
+        directory: as :func:`new_folder` was given it.
+    """
+    target = Path(directory).expanduser().resolve()
+
+    def left(kind: str) -> list[Path]:
+        return sorted(target.parent.glob(glob.escape(f".{target.name}{kind}") + "*"))
+
+    for partial in left(_PARTIAL):
+        lock = _lock(partial)
+        if lock is None:
+            continue
+        try:
+            if _aside(partial).exists() and not target.exists():
+                _aside(partial).rename(target)
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(lock)
+    partials = left(_PARTIAL)
+    for old in left(_OLD):
+        if old not in map(_aside, partials):  # Its successor is in its place, and only its own removal was cut off.
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open file that holds the lock of ``folder``, or None where it is not to be had: held, or not supported."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _aside(partial: Path) -> Path:
+    """Where the old folder is while ``partial`` takes its place."""
+    return partial.with_name(partial.name.replace(_PARTIAL, _OLD))
 
 
 def _check_target(given: str, target: Path, overwrite: bool, sources: Sequence[Path]) -> None:
@@ -167,7 +224,7 @@ def _put(partial: Path, target: Path) -> None:
         partial.rename(target)
         return
     # The old folder is out of the way only for the moment between two renames, and whole at any time.
-    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    old = _aside(partial)
     target.rename(old)
     try:
         partial.rename(target)

@@ -75,6 +75,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 128, tied=False, factor=8.0),
     "llama-3.1-70b": _llama(8192, 28672, 80, 64, 128, tied=False, factor=8.0),
     "llama-3.3-70b": _llama(8192, 28672, 80, 64, 128, tied=False, factor=8.0),
+    "llama-3.1-405b": _llama(16384, 53248, 126, 128, 128, tied=False, factor=8.0),
 }
 
 

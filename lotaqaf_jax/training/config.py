@@ -89,7 +89,9 @@ class TrainConfig:
     )
     dataset: str | None = _help("file, folder, hub name or preset (alpaca, gsm8k, sql, viggo; also preset:path)", None)
     output_dir: str = _help("where adapter, merged model and logs are written", "output")
-    overwrite_output_dir: bool = _help("replace an output_dir that is not empty", False)
+    overwrite_output_dir: bool = _help(
+        "replace an output_dir that is not empty; with resume_from_checkpoint only where it holds no checkpoint", False
+    )
     eval_dataset: str | None = _help("held-out rows, named as dataset", None)
     dataset_format: str | None = _help("format of the rows; none: by their columns", None)
     max_samples: int | None = _help("use only the first so many rows", None)
@@ -192,11 +194,17 @@ class TrainConfig:
     eval_steps: int = _help("steps between looks at the held-out rows; 0: only before and after", 0)
     save_steps: int = _help("steps between checkpoints; 0: only when stopped", 0)
     save_total_limit: int = _help("checkpoints to keep", 2)
-    resume_from_checkpoint: str | None = _help("'latest', or a folder below output_dir/checkpoints", None)
+    resume_from_checkpoint: str | None = _help(
+        "'auto': go on from the newest checkpoint of output_dir, or begin where there is none, so that one command "
+        "line does for the start and after every kill; 'latest': the newest, and an error where there is none; or a "
+        "folder below output_dir/checkpoints",
+        None,
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = _help(
         "where to send the log besides trainer_log.jsonl", "none"
     )
     dry_run: bool = _help("print settings, data and some tokens with their loss mask, then stop", False)
+    skip_memory_check: bool = _help("on a GPU, try a run that is estimated not to fit its memory", False)
 
     def __post_init__(self) -> None:
         minimum = {
@@ -385,7 +393,7 @@ class TrainConfig:
         """The settings that decide the numbers of a run; a resumed run must have the same."""
         passing = {
             "output_dir", "overwrite_output_dir", "per_device_eval_batch_size", "logging_steps", "eval_steps",
-            "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "dry_run",
+            "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "dry_run", "skip_memory_check",
         }  # fmt: skip
         kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in passing | set(_LAYOUT)}
         return kept | {"train_batch_size": self.train_batch_size}
@@ -397,6 +405,21 @@ class TrainConfig:
             "per_device_train_batch_size": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.accumulation,
         }
+
+    def differences(self, then: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+        """Where these settings decide otherwise than those of an earlier run: "name: 1 then, 2 now" for each.
+
+        Args:
+            then: what :meth:`decisive` gave, perhaps in a release that did not have all settings yet: those are what
+                they are without being given.
+            ignore: names that are not compared.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+        if "per_device_train_batch_size" in then:  # Written before there were meshes.
+            rows = then["per_device_train_batch_size"] * (then["gradient_accumulation_steps"] or 1)
+            then = {**then, "train_batch_size": rows}
+        pairs = {key: ({**defaults, **then}.get(key), now) for key, now in self.decisive().items() if key not in ignore}
+        return [f"{key}: {was!r} then, {now!r} now" for key, (was, now) in pairs.items() if was != now]
 
 
 def check_method(method: MethodName, given: Iterable[str]) -> None:

@@ -40,7 +40,7 @@ class RunLog:
         beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         os.replace(beside, self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._reporter = _reporter(report_to, self.path.parent)
+        self._reporter = _reporter(report_to, self.path.parent, resume_step)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append ``record`` under ``step``; it is on disk when this returns."""
@@ -61,7 +61,7 @@ class RunLog:
             self._file.close()
 
 
-def _reporter(report_to: str, directory: Path) -> Any:
+def _reporter(report_to: str, directory: Path, resume_step: int | None) -> Any:
     """A function (step, numbers) that passes records on, or None."""
     if report_to == "none":
         return None
@@ -69,7 +69,9 @@ def _reporter(report_to: str, directory: Path) -> Any:
         if report_to == "tensorboard":
             from tensorboardX import SummaryWriter
 
-            writer = SummaryWriter(str(directory / "runs"))
+            # TensorBoard hides what was written from the purged step on, as the log is cut behind it.
+            purged = None if resume_step is None else resume_step + 1
+            writer = SummaryWriter(str(directory / "runs"), purge_step=purged)
 
             def to_tensorboard(step: int, numbers: dict[str, float]) -> None:
                 for key, value in numbers.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, Recompute, count_moves, with_omegas
 from lotaqaf_jax.parallel import put_rows, whole
 from lotaqaf_jax.parallel.processes import is_main
-from lotaqaf_jax.training.checkpoints import RunCheckpoints
+from lotaqaf_jax.training.checkpoints import RunCheckpoints, saved_steps
 from lotaqaf_jax.training.compilation import CompiledStep, least_recompute
 from lotaqaf_jax.training.config import TrainConfig
 from lotaqaf_jax.training.feed import Feed
@@ -50,8 +49,10 @@ def train(
 ) -> Decoder:
     """Train the adapters of ``model``.
 
-    A run that was stopped and resumed gives the same adapters and the same logged losses as one that was not: the
-    checkpoint holds adapters, optimizer state and the place in the data, and everything else follows from the seed.
+    A run that was stopped or killed and resumed gives the same adapters and, but for its times, the same log as one
+    that was not: the checkpoint holds adapters, optimizer state and the place in the data, and everything else follows
+    from the seed. A line is in the log before a later checkpoint is begun, and lines behind a checkpoint are cut off
+    when a run goes on from it, so that none is missing and none there twice.
 
     Args:
         model: a decoder with fresh adapters, of the method that ``config`` names.
@@ -66,7 +67,9 @@ def train(
     Raises:
         TrainingError: a loss or gradient is NaN or infinite; names step and tensor.
         Stopped: SIGINT or SIGTERM came; a checkpoint was written.
-        ConfigError: the checkpoint to resume from is missing, or of a run with other settings.
+        ConfigError: the checkpoint to resume from is missing, or of a run with other settings; or there are
+            checkpoints, and they are not resumed from.
+        CheckpointError: a checkpoint cannot be written or read.
     """
     config = config.settled(data.report.format)
     output = Path(config.output_dir)
@@ -86,9 +89,16 @@ def train(
     resumed: int | None = None
     if config.resume_from_checkpoint:
         resumed = checkpoints.find(config.resume_from_checkpoint)
+    elif saved_steps(checkpoints.directory):
+        raise ConfigError(
+            f"{checkpoints.directory}: holds checkpoints of an earlier run. Go on from them, with "
+            "--resume_from_checkpoint, or name another --output_dir."
+        )
+    if resumed is not None:
         state, place = checkpoints.load(resumed, state)
         _same_settings(config, total, place)
         data.train.restore(place["data"])
+        checkpoints.begin_after(resumed)
         if is_main():
             print(f"resumed from step {resumed} of {total}{_other_layout(config, place)}")
 
@@ -113,10 +123,10 @@ def train(
             numbers = evaluate(current(), f"held-out rows at step {step}")
             log.write(step, {f"eval_{name}": value for name, value in numbers.items()})
 
-    log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
-    bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not is_main())
-    results = Results(model, done)
-    try:
+    with checkpoints:
+        log = RunLog(output / "trainer_log.jsonl", report_to=config.report_to, resume_step=resumed)
+        bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=not is_main())
+        results = Results(model, done)
         with StopSignal() as stop, log, bar:
             if first < total:
                 make = functools.partial(make_train_step, graph, optimizer, share=share, placed=state)
@@ -151,8 +161,6 @@ def train(
                     checkpoints.save(state, kept, wait=stopping)
                 if stopping:
                     raise Stopped(step, stop.status)
-    finally:
-        checkpoints.close()
     return current()
 
 
@@ -190,14 +198,12 @@ def _other_layout(config: TrainConfig, place: dict[str, Any]) -> str:
 
 
 def _same_settings(config: TrainConfig, total: int, place: dict[str, Any]) -> None:
-    now, then = {**config.decisive(), "total_steps": total}, {**place["settings"], "total_steps": place["total_steps"]}
-    if "per_device_train_batch_size" in then:  # Written before there were meshes.
-        then |= {"train_batch_size": then["per_device_train_batch_size"] * (then["gradient_accumulation_steps"] or 1)}
-    # A setting that the run's release did not have yet is what it is without being given.
-    then = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING} | then
     # Steps in all may have been given as epochs before and as steps now; only what they come to matters.
-    ignored = {"max_steps", "num_train_epochs"}
-    other = [key for key in now if key not in ignored and now[key] != then.get(key)]
+    other = config.differences(place["settings"], ignore=("max_steps", "num_train_epochs"))
+    if place["total_steps"] != total:
+        other.append(f"total_steps: {place['total_steps']} then, {total} now")
     if other:
-        what = ", ".join(f"{key}: {then.get(key)!r} then, {now[key]!r} now" for key in other)
-        raise ConfigError(f"--resume_from_checkpoint: the run was started with other settings ({what}). Use the same.")
+        raise ConfigError(
+            f"--resume_from_checkpoint: the run was started with other settings ({', '.join(other)}). Use the same, or "
+            "another --output_dir."
+        )

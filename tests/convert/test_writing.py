@@ -13,7 +13,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.writing import TensorFile, new_folder, write_safetensors
+from convert.writing import TensorFile, clear_leftovers, new_folder, write_safetensors
 from lotaqaf_jax.errors import ConfigError, OutputError
 from lotaqaf_jax.quant.folder import read_header
 
@@ -159,3 +159,34 @@ def test_tensors_may_come_in_any_order_but_all_must_come(tmp_path: Path) -> None
 def test_safetensors_hold_what_was_announced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a: found float64"):
         write_safetensors(tmp_path / "x", {"a": (np.float32, (2,))}, lambda _: np.zeros(2))
+
+
+def left_by_a_kill(tmp_path: Path, *names: str) -> None:
+    """Folders as a process has left them that was killed: without a lock."""
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+
+
+def test_leftovers_of_killed_processes_are_cleared_and_no_others(tmp_path: Path) -> None:
+    left_by_a_kill(
+        tmp_path, ".out.partial-dead", ".out.old-dead2", "out", ".other.partial-dead", ".output.partial-dead"
+    )
+    with new_folder(tmp_path / "out", overwrite=True) as alive:
+        fill(alive)
+        clear_leftovers(tmp_path / "out")
+        assert alive.exists()
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *("out", alive.name, ".other.partial-dead", ".output.partial-dead")
+        }
+    assert (tmp_path / "out" / "inner").exists()
+
+
+def test_what_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    """A kill between the two renames: the old folder is aside, and the new one is not in its place."""
+    left_by_a_kill(tmp_path, ".out.partial-dead", ".out.old-dead")
+    clear_leftovers(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == ".out.old-dead"
+    with pytest.raises(ConfigError, match="not empty"):
+        new_folder(tmp_path / "out").__enter__()

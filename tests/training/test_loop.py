@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lotaqaf_jax.models import Adapter, Decoder, adapted_linears, adapter_statis
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.thresholds import omega_of_share
 from lotaqaf_jax.training import Stopped, TrainConfig, train
-from lotaqaf_jax.training.checkpoints import RunCheckpoints
+from lotaqaf_jax.training.checkpoints import RunCheckpoints, saved_steps
 from lotaqaf_jax.training.log import plot_log, read_log
 
 LEFT_OUT: Any = object()
@@ -136,6 +137,53 @@ def test_checkpoints_are_kept_up_to_the_limit(adapted: Decoder, tiny_gptq: Path,
         run(adapted, dataclasses.replace(config, resume_from_checkpoint="3"))
     path = str(tmp_path / "out" / "checkpoints" / "6")
     run(adapted, dataclasses.replace(config, resume_from_checkpoint=path))
+
+
+def test_going_back_leaves_no_checkpoint_ahead_of_the_log(
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Back to step 2, stopped at once, and on from the latest, which is that of step 2 and none of the first run."""
+    config = settings(tiny_gptq, rows, tmp_path / "out", save_steps=2, save_total_limit=9, eval_steps=3)
+    run(adapted, config, evaluate=lambda model, title: {"loss": 1.0})
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+        run(adapted, config)
+    expected = comparable(tmp_path / "out" / "trainer_log.jsonl")
+
+    def stop(model: Decoder, title: str) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    back = dataclasses.replace(config, resume_from_checkpoint=str(tmp_path / "out" / "checkpoints" / "2"))
+    with pytest.raises(KeyboardInterrupt):
+        run(adapted, back, evaluate=stop)
+    again = dataclasses.replace(config, resume_from_checkpoint="latest")
+    run(adapted, again, evaluate=lambda model, title: {"loss": 1.0})
+    assert comparable(tmp_path / "out" / "trainer_log.jsonl") == expected
+    assert saved_steps(tmp_path / "out" / "checkpoints") == [2, 4, 6, 8]
+
+
+def test_checkpoints_whose_removal_was_cut_off_are_in_nobodys_way(
+    adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Killed while the oldest checkpoint was being removed: some, or all, of its files are gone, in whatever order."""
+    config = settings(tiny_gptq, rows, tmp_path / "out", save_steps=2, save_total_limit=9)
+    run(adapted, config)
+    folder = tmp_path / "out" / "checkpoints"
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        (folder / "2" / name).unlink()
+    shutil.rmtree(folder / "4")
+    (folder / "4").mkdir()
+    expected = (tmp_path / "out" / "trainer_log.jsonl").read_text()
+    again = dataclasses.replace(config, resume_from_checkpoint="auto", save_total_limit=2)
+    run(adapted, again)
+    assert saved_steps(folder) == [6, 8]
+    assert (tmp_path / "out" / "trainer_log.jsonl").read_text() == expected
+
+
+def test_auto_begins_where_there_is_no_checkpoint(tmp_path: Path) -> None:
+    with RunCheckpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.find("auto") is None
+        with pytest.raises(ConfigError, match="it holds no checkpoint"):
+            checkpoints.find("latest")
 
 
 def test_resuming_with_other_settings_is_refused(adapted: Decoder, tiny_gptq: Path, rows: Path, tmp_path: Path) -> None:
