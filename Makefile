@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 INTEROP_VENV ?= .venv-interop
 BIN = $(VENV)/bin
+# Sharding is tested on simulated devices. Their collectives hold threads, of which two programs at once can run out.
+ON_EIGHT_DEVICES = XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_CPU_ENABLE_ASYNC_DISPATCH=false
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: train test lint interop clean
@@ -12,6 +14,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto
+	$(ON_EIGHT_DEVICES) $(BIN)/python -m pytest -n 2 tests/parallel
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -309,7 +309,8 @@ def _check_logits(model: Decoder, reloaded: Decoder, input_ids: np.ndarray | Non
     if input_ids is None:
         length = min(32, model.config.max_position_embeddings)
         input_ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, (2, length), dtype=np.int32)
-    expected, found = (fetch(m(input_ids)) for m in (model, reloaded))
+    ids: Any = input_ids  # of the host: of several processes each has them
+    expected, found = (fetch(m(ids)) for m in (model, reloaded))
     if not np.isfinite(expected).all():
         raise VerificationError(
             "the adapter model's own logits are not finite, so nothing can be compared. Train again."

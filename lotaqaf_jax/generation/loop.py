@@ -90,6 +90,7 @@ def generate(
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
     ids, length, numbers = _prompts(model, input_ids, lengths, rows)
     limit = _limits(max_new_tokens, len(ids))
+    _check_place(model)
     _check_room(model, length, limit, numbers)
     stop = np.atleast_1d(np.asarray([] if eos_token_id is None else eos_token_id, np.int64))
     if stop.ndim != 1 or (stop < 0).any():
@@ -158,6 +159,14 @@ def _limits(max_new_tokens: int | Sequence[int], batch: int) -> np.ndarray:
     if len(limits) != batch:
         raise ValueError(f"max_new_tokens: {len(limits)} numbers for {batch} rows")
     return np.asarray([integer("max_new_tokens", limit, "a whole number from 1 on", 1) for limit in limits], np.int64)
+
+
+def _check_place(model: Decoder) -> None:
+    if model.sharding is not None:
+        raise ConfigError(
+            f"generation: the model lies on a mesh of {model.sharding.mesh.size} devices, and decoding runs on one. "
+            "Load the merged folder without a mesh; packed, a 70B model of 4 bit is 40 GB."
+        )
 
 
 def _check_room(model: Decoder, length: np.ndarray, limit: np.ndarray, numbers: np.ndarray) -> None:

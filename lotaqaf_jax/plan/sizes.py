@@ -93,7 +93,8 @@ class Layout:
         t, config = self.tensor, shape.config
         if config.num_key_value_heads % t:
             raise ConfigError(
-                f"--tensor: found {t}, expected a divisor of the model's {config.num_key_value_heads} key/value heads."
+                f"--tensor_parallel: found {t}, expected a divisor of the model's {config.num_key_value_heads} key/value "
+                "heads."
             )
         for _, path, linear in projections(shape):
             _, o = parts(path, self)
@@ -106,7 +107,7 @@ class Layout:
                 found = f"{t} parts of the {linear.in_features} inputs of {path} are not whole groups"
                 if linear.quant and linear.quant.act_order:
                     found = f"the groups of {path} lie in no order (act-order), so that no part of its inputs is whole"
-                raise ConfigError(f"--tensor: {found}. Use a smaller --tensor; 1 always works.")
+                raise ConfigError(f"--tensor_parallel: {found}. Use a smaller --tensor_parallel; 1 always works.")
 
 
 ONE_DEVICE = Layout()

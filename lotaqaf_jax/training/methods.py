@@ -155,6 +155,13 @@ def method_of(config: TrainConfig) -> Method:
     return METHODS[config.method]
 
 
+def _about_mesh(config: TrainConfig) -> str:
+    data, fsdp, tensor = config.mesh_shape
+    if data * fsdp * tensor == 1:
+        return ""
+    return f"devices      {data * fsdp * tensor}: data {data} x fsdp {fsdp} x tensor {tensor}\n"
+
+
 def summary(config: TrainConfig, steps: int) -> str:
     """The settings that matter most, as lines to print; ``steps`` are those of ``num_train_epochs``."""
     steps = config.max_steps if config.max_steps > 0 else steps
@@ -164,6 +171,7 @@ def summary(config: TrainConfig, steps: int) -> str:
         f"adapters     {method.adapters(config)}, on {' '.join(config.target_modules)}\n"
         f"optimizer    {method.optimization(config)}, {steps} steps of {config.train_batch_size} rows, "
         f"seed {config.seed}\n"
+        f"{_about_mesh(config)}"
         f"computed in  {jnp.dtype(config.compute_dtype).name}"
         f"{', gradients of the weights from float8' if config.takes_float8 else ''}"
     )

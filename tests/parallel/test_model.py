@@ -14,6 +14,8 @@ from flax import nnx
 
 from lotaqaf_jax.assets import DEFAULT_MODEL
 from lotaqaf_jax.data import IGNORE
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.generation import generate
 from lotaqaf_jax.models import Decoder, add_adapters, add_lora, add_qalora, count_moves, load_pretrained, merge
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.optim import t_signsgd, ternary_adam
@@ -181,3 +183,9 @@ def test_loading_onto_a_mesh_reads_each_part_once(name: str, monkeypatch: pytest
     cut = [size < folder.tensors[tensor].nbytes for tensor, size in read if tensor.endswith("qweight")]
     assert cut
     assert all(cut), "no device's part is the whole of a tensor"
+
+
+def test_generation_says_that_it_runs_on_one_device() -> None:
+    model = shard(loaded("qwen2, tied"), make_mesh(1, 8, 1))
+    with pytest.raises(ConfigError, match="lies on a mesh of 8 devices, and decoding runs on one"):
+        generate(model, [[1, 2, 3]], [3], max_new_tokens=2)

@@ -230,14 +230,14 @@ def test_parts_of_all_devices_make_up_the_whole(fsdp: int, tensor: int) -> None:
         (
             shape_of(preset("qwen2.5-1.5b")),
             Layout(tensor=4),
-            "--tensor: found 4, expected a divisor of the model's 2 key/value heads",
+            "--tensor_parallel: found 4, expected a divisor of the model's 2 key/value heads",
         ),
         (
             shape_of(preset("qwen2.5-14b")),
             Layout(tensor=8),
-            "--tensor: 8 parts of the 13824 inputs of mlp.down_proj are not whole",
+            "--tensor_parallel: 8 parts of the 13824 inputs of mlp.down_proj are not whole",
         ),
-        (SHAPES["mixed"], Layout(tensor=2), "--tensor: the groups of self_attn.o_proj lie in no order"),
+        (SHAPES["mixed"], Layout(tensor=2), "--tensor_parallel: the groups of self_attn.o_proj lie in no order"),
     ],
 )
 def test_a_model_that_cannot_be_split_so_is_refused(shape: Shape, layout: Layout, message: str) -> None:
