@@ -382,7 +382,9 @@ def fill_and_free(place: Path, whole: Path, fill: Callable[[int], None], free: C
     assert status == 2, said
     sentence = said[said.index("error: ") :]
     assert re.search(rf"checkpoint of step \d could not be written .*{reason}.*whole", sentence), said
-    assert "Traceback" not in said, said
+    # A thread of Orbax's may tell of its own end there, now and then.
+    assert "Traceback" not in sentence, said
+    assert not re.search(r'File ".*(lotaqaf_jax|train\.py)', said), said
     left = saved_steps(place / "output" / "checkpoints")
     assert left, "no checkpoint is left"
     assert max(left) >= 2, left

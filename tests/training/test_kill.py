@@ -39,6 +39,7 @@ def drive(tiny_gptq: Path, folder: Path, *arguments: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.training.kill", str(folder), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    print(done.stderr[-3000:])  # shown where a test fails
     return json.loads(done.stdout)
 
 
