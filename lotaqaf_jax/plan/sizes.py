@@ -93,8 +93,8 @@ class Layout:
         t, config = self.tensor, shape.config
         if config.num_key_value_heads % t:
             raise ConfigError(
-                f"--tensor_parallel: found {t}, expected a divisor of the model's {config.num_key_value_heads} key/value "
-                "heads."
+                f"--tensor_parallel: found {t}, expected a divisor of the model's {config.num_key_value_heads} "
+                "key/value heads."
             )
         for _, path, linear in projections(shape):
             _, o = parts(path, self)

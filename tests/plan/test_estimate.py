@@ -83,9 +83,7 @@ def test_layouts_are_all_ways_to_make_the_count() -> None:
         ConfigError, match=r"--count: found 4, expected data \* fsdp \* tensor, which are any \* any \* 8"
     ):
         list(layouts(LLAMA_70B, gpu("h100"), 4, Space(tensor=8)))
-    with pytest.raises(
-        ConfigError, match="--tensor_parallel: found 16, expected a divisor of the model's 8 key"
-    ):
+    with pytest.raises(ConfigError, match="--tensor_parallel: found 16, expected a divisor of the model's 8 key"):
         list(layouts(LLAMA_70B, gpu("h100"), 16, Space(tensor=16)))
 
 
