@@ -7,17 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lotaqaf_jax.kernels import TernaryAdapter
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, dense_spec
 from lotaqaf_jax.models.layers import Linear
+from lotaqaf_jax.parallel import shard
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import group_count
 
 
 def random_decoder(
-    config: DecoderConfig, quant: QuantSpec | None, *, dtype: Any = jnp.bfloat16, stored: Any = jnp.float16
+    config: DecoderConfig,
+    quant: QuantSpec | None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    stored: Any = jnp.float16,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """A decoder with random words, zero points around the middle, and scales that give weights of deviation 0.02.
 
@@ -26,8 +33,11 @@ def random_decoder(
         quant: how the projections are quantised; None for dense ones.
         dtype: type of activations.
         stored: type of scales and dense weights.
+        mesh: of devices to put it on, each part made where it lies; the numbers are the same.
     """
     model = nnx.eval_shape(lambda: Decoder(config, dense_spec(config, stored, quant), dtype))
+    if mesh is not None:
+        model = shard(model, mesh)
     key = jax.random.key(0)
     for _, module in nnx.iter_modules(model):
         key, draw = jax.random.split(key)
@@ -39,14 +49,18 @@ def random_decoder(
             if module.bias is not None:
                 module.bias.set_value(_normal(draw, module.bias.get_value()))
         elif hasattr(module, "eps"):
-            module.weight.set_value(jnp.ones(module.weight.get_value().shape, stored))
+            like = module.weight.get_value()
+            module.weight.set_value(jnp.ones(like.shape, stored, device=like.sharding))
         elif hasattr(module, "attend"):
             module.weight.set_value(_normal(draw, module.weight.get_value()))
     return model
 
 
 def _normal(key: jax.Array, like: Any) -> jax.Array:
-    return jax.jit(lambda key: (0.02 * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype))(key)
+    def draw(key: jax.Array) -> jax.Array:
+        return (0.02 * jax.random.normal(key, like.shape, jnp.bfloat16)).astype(like.dtype)
+
+    return jax.jit(draw, out_shardings=like.sharding)(key)
 
 
 def random_weight(
@@ -82,7 +96,6 @@ def random_layer(
 def _random_words(key: jax.Array, w: QuantizedWeight) -> QuantizedWeight:
     top = 2**w.bits - 1
 
-    @jax.jit
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first, second, third = jax.random.split(key, 3)
         words = jax.lax.bitcast_convert_type(jax.random.bits(first, w.qweight.shape, jnp.uint32), jnp.int32)
@@ -91,5 +104,6 @@ def _random_words(key: jax.Array, w: QuantizedWeight) -> QuantizedWeight:
         zeros = jax.random.randint(third, w.zeros.shape, top // 2, top // 2 + 2)
         return words, scales.astype(w.scales.dtype), zeros.astype(jnp.uint8)
 
-    words, scales, zeros = draw(key)
+    places = tuple(leaf.sharding for leaf in (w.qweight, w.scales, w.zeros))
+    words, scales, zeros = jax.jit(draw, out_shardings=places)(key)
     return QuantizedWeight(words, scales, zeros, None, None, w.bits, w.group_size, w.shape, w.checkpoint_format)

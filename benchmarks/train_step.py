@@ -1,12 +1,14 @@
 """Tokens per second and memory of one training step, on random packed weights of a real model's shapes.
 
     python benchmarks/train_step.py [--model qwen2.5-14b] [--rows 8] [--length 1024] [--recompute block products none]
-        [--float8 0 1] [--peer]
+        [--float8 0 1] [--recipe recommended published] [--peer]
 
 A step of the first two layers is compared with one in plain JAX. Then there is a line for each way of recomputing
 activations, with and without float8 for the gradient of the weights: seconds to compile, median seconds of a step after
 the first, tokens per second, and the peak of memory in use on the device. The step is the one that train.py runs:
-forward and backward pass over all layers, chunked loss, t-SignSGD. No token is padding, all are targets.
+forward and backward pass over all layers, chunked loss, optimizer; by the recommended recipe (gradient through a
+window, ternary Adam, a threshold for every matrix in every step) or as published (straight, t-SignSGD, one threshold
+and the reference offset). No token is padding, all are targets.
 
 With --peer, peft_step.py runs first, as a process of its own that has the card to itself, and its lines come before
 ours and again after them.
@@ -34,9 +36,10 @@ from agreement import batch_of, step_differences, with_random_adapters
 from common import environment, layer_arguments, print_kernels, print_line, write_json
 from models import random_decoder
 
-from lotaqaf_jax.models import QuantSpec, add_adapters
+from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters
 from lotaqaf_jax.models.presets import preset
-from lotaqaf_jax.optim import t_signsgd
+from lotaqaf_jax.optim import t_signsgd, ternary_adam
+from lotaqaf_jax.thresholds import ramped_share
 from lotaqaf_jax.training.step import TrainState, make_train_step, split_model
 
 LAYERS = 2
@@ -45,7 +48,13 @@ TOLERANCE = (1e-3, 2e-2)
 """Relative differences of losses and of gradients' norms: the kernels round intermediate results otherwise."""
 
 
-def check(options: argparse.Namespace, recompute: Any, float8: bool) -> str:
+def adapted(options: argparse.Namespace, model: Decoder, recipe: str, float8: bool) -> Decoder:
+    """The model with fresh adapters of a recipe."""
+    rule: Any = {"offset": "none", "surrogate": "window"} if recipe == "recommended" else {}
+    return add_adapters(model, options.rank, options.omega, float8=float8, **rule)
+
+
+def check(options: argparse.Namespace, recompute: Any, float8: bool, recipe: str) -> str:
     """Compare a step of the first layers with one in plain JAX.
 
     Raises:
@@ -53,29 +62,34 @@ def check(options: argparse.Namespace, recompute: Any, float8: bool) -> str:
     """
     config = dataclasses.replace(preset(options.model), num_hidden_layers=LAYERS)
     model = random_decoder(config, QuantSpec(options.bits, options.group_size), stored=jnp.bfloat16)
-    model = with_random_adapters(add_adapters(model, options.rank, options.omega, float8=float8))
+    model = with_random_adapters(adapted(options, model, recipe, float8))
     found = step_differences(model, recompute)
     line = f"loss off by {found[0]:.1e}, gradients' norms by {found[1]:.1e}"
     if not all(value <= limit for value, limit in zip(found, TOLERANCE, strict=True)):
-        sys.exit(f"{recompute}, float8 {float8}: the step of {LAYERS} layers differs from plain JAX's: {line}")
+        sys.exit(
+            f"{recompute}, float8 {float8}, {recipe}: the step of {LAYERS} layers differs from plain JAX's: {line}"
+        )
     return line
 
 
-def measure(options: argparse.Namespace, recompute: Any, float8: bool) -> dict[str, Any]:
+def measure(options: argparse.Namespace, recompute: Any, float8: bool, recipe: str) -> dict[str, Any]:
     """One line of the table."""
     config = preset(options.model)
     quant = QuantSpec(options.bits, options.group_size)
     model = random_decoder(config, quant, stored=jnp.bfloat16)
-    model = add_adapters(model, options.rank, options.omega, float8=float8)
+    model = adapted(options, model, recipe, float8)
     graph, adapters, frozen = split_model(model)
     del model
-    optimizer = t_signsgd(300, "reference", stacked_axes=1, check=False)
+    recommended = recipe == "recommended"
+    optimizer = ternary_adam(0.2) if recommended else t_signsgd(300, "reference", stacked_axes=1, check=False)
+    share = (lambda step: ramped_share(0.15, step, 300)) if recommended else None
     state = TrainState(adapters, optimizer.init(adapters), jnp.int32(0))
     batch = batch_of(config.vocab_size, options.rows, options.length)
-    step = make_train_step(graph, optimizer, recompute=recompute, packed=False)
+    step = make_train_step(graph, optimizer, recompute=recompute, packed=False, share=share)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
-    line: dict[str, Any] = {"recompute": recompute, "float8": float8, "compile_s": time.perf_counter() - start}
+    line: dict[str, Any] = {"recompute": recompute, "float8": float8, "recipe": recipe}
+    line["compile_s"] = time.perf_counter() - start
     times = []
     for _ in range(options.steps + 1):
         start = time.perf_counter()
@@ -116,6 +130,7 @@ def main() -> None:
     # The peak of memory is one of the whole process: the leanest way first.
     parser.add_argument("--recompute", nargs="+", default=["block", "products"])
     parser.add_argument("--float8", nargs="+", type=int, default=[0, 1], help="without (0) and with (1) float8 for dW")
+    parser.add_argument("--recipe", nargs="+", choices=["recommended", "published"], default=["recommended"])
     parser.add_argument("--profile", action="store_true", help="also the device's time by kernel")
     parser.add_argument("--peer", action="store_true", help="also LoRA on the 16-bit model with PEFT, before all else")
     options = parser.parse_args()
@@ -123,10 +138,12 @@ def main() -> None:
     print(environment())
     lines = []
     for recompute in options.recompute:
-        for float8 in options.float8:
-            print(f"{recompute}, float8 {bool(float8)}: {check(options, recompute, bool(float8))}", flush=True)
-            lines.append(measure(options, recompute, bool(float8)))
-            print_line(lines[-1])
+        for float8 in map(bool, options.float8):
+            for recipe in options.recipe:
+                agreed = check(options, recompute, float8, recipe)
+                print(f"{recompute}, float8 {float8}, {recipe}: {agreed}", flush=True)
+                lines.append(measure(options, recompute, float8, recipe))
+                print_line(lines[-1])
     for line in results["peer"]["lines"] if options.peer else []:
         print_line(line)  # again, below the others
     write_json(options, {"lines": lines, **results})
