@@ -14,7 +14,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto
-	$(ON_EIGHT_DEVICES) $(BIN)/python -m pytest -n 2 tests/parallel
+	$(ON_EIGHT_DEVICES) $(BIN)/python -m pytest -n 2 --dist loadfile tests/parallel
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -155,6 +155,8 @@ def test_t_signsgd_looks_at_whole_tensors_not_at_parts(beta: float | None) -> No
 def test_loading_onto_a_mesh_reads_each_part_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lotaqaf_jax.models import loading
 
+    mesh = make_mesh(2, 2, 2)
+    want = shard(loaded(name), mesh)
     read: list[tuple[str, int]] = []
     before = loading._Reader.array
 
@@ -165,9 +167,7 @@ def test_loading_onto_a_mesh_reads_each_part_once(name: str, monkeypatch: pytest
 
     monkeypatch.setattr(loading._Reader, "array", counted)
     folder = CheckpointFolder(MODELS[name])
-    mesh = make_mesh(2, 2, 2)
     found = load_decoder(folder, jnp.float32, progress=False, place=functools.partial(shard, mesh=mesh))
-    want = shard(loaded(name), mesh)
     for one, two in zip(jax.tree.leaves(nnx.state(want)), jax.tree.leaves(nnx.state(found)), strict=True):
         assert one.sharding == two.sharding
         assert one.dtype == two.dtype
