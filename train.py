@@ -77,13 +77,15 @@ def run(config: TrainConfig) -> None:
     # Load: data first, since it is quick and most mistakes are there.
     base = CheckpointFolder(local_folder(str(config.model)))
     tokenizer = load_tokenizer(base.path)
-    data = load_data(config.data(), tokenizer, config.train_batch_size, config.eval_batch_size)
+    sizes = (config.train_batch_size, config.eval_batch_size)
+    data = load_data(config.data(), tokenizer, *sizes, progress=is_main())
     config = config.settled(data.report.format)
     about = about_run(config, base, data.report.row_length)  # on a GPU: memory and time, or that it cannot fit
     if is_main():
         print(summary(config, data.num_steps(config.num_train_epochs)), *about, data.report, sep="\n")
     if config.dry_run:
-        print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
+        if is_main():
+            print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
         return
     prepare_output(config)
     if is_main():

@@ -43,6 +43,7 @@ class StopSignal:
         return self._last is not None and step >= self._last
 
     def _agreed(self, step: int) -> int | None:
+        # The store by which the processes found each other; JAX has no public name for it yet.
         store: Any = jax._src.distributed.global_state.client
         if is_main():
             if self.received is None:
