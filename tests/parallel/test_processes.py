@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.launch import main as launch
 from lotaqaf_jax.parallel.processes import agree, fetch, start
+from lotaqaf_jax.training.checkpoints import saved_steps
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ROOT / "tests" / "checkpoints"
@@ -127,6 +128,29 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(
     resumed = run(2, *arguments, "--resume_from_checkpoint", "latest")
     assert "resumed from step" in resumed
     assert written(tmp_path / "out") == written(two[0])
+
+
+def test_one_process_killed_ends_the_run_which_goes_on_to_the_same_bits(
+    flags: list[str], two: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    arguments = [*flags, *MESH, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    line, environment = command(2, *arguments)
+    running = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        give_up = time.monotonic() + 200
+        # With the second checkpoint the first is whole.
+        while 4 not in saved_steps(folder / "checkpoints") and running.poll() is None:
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert running.wait(timeout=100) == 128 + signal.SIGKILL
+    finally:
+        running.kill()
+    assert not (folder / "merged").exists()
+    assert "resumed from step" in run(2, *arguments), "the same command line"
+    assert written(folder) == written(two[0])
 
 
 def test_on_other_devices_it_resumes_and_says_what_may_differ(
