@@ -29,7 +29,7 @@ from lotaqaf_jax.kernels.sharding import (
 )
 from lotaqaf_jax.quant.weight import QuantizedWeight
 
-__all__ = ["backward", "forward", "merge_stack", "shard_map"]
+__all__ = ["backward", "forward", "merge_stack", "shard_map", "tensor_sum"]
 
 Forward = Callable[[jax.Array, QuantizedWeight, WeightAdapter | None], tuple[jax.Array, jax.Array]]
 Backward = Callable[
@@ -63,7 +63,7 @@ def forward(
 
     def local(x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None) -> tuple[jax.Array, jax.Array]:
         y, matrix = product(x, *_gathered(w, adapter, sharding))
-        return _summed(y, sharding.rows), matrix
+        return tensor_sum(y, sharding.rows), matrix
 
     return shard_map(
         local,
@@ -104,7 +104,7 @@ def backward(
         x: jax.Array, w: QuantizedWeight, adapter: WeightAdapter | None, matrix: jax.Array | None, dy: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         dx, pair = gradients(x, *_gathered(w, adapter, sharding), matrix, dy)
-        dx = _summed(dx, sharding.columns)
+        dx = tensor_sum(dx, sharding.columns)
         if pair is None:
             return dx, None
         da, db = pair
@@ -160,8 +160,7 @@ def merge_stack(
     specs = {"words": weight.qweight, "groups": weight.scales, "count": P(None)}
 
     def local(words: jax.Array, rest: QuantizedWeight, adapters: WeightAdapter) -> Any:
-        n_in = rest.shape[0] // (sharding.mesh.shape[TENSOR] if sharding.rows else 1)
-        rest = dataclasses.replace(rest, shape=(n_in, words.shape[-1]))
+        rest = dataclasses.replace(rest, shape=(rest.shape[0] // sharding.row_parts, words.shape[-1]))
         if _stores_rows(adapters, sharding):
             adapters = dataclasses.replace(adapters, a=_all(adapters.a, -2))
         axes = sharding.row_axes + sharding.column_axes
@@ -195,8 +194,7 @@ def _gathered(
             adapter = dataclasses.replace(adapter, b=_all(adapter.b, -1))
     if adapter is not None and _stores_rows(adapter, sharding):
         adapter = dataclasses.replace(adapter, a=_all(adapter.a, -2))
-    n_in = w.shape[0] // (sharding.mesh.shape[TENSOR] if sharding.rows else 1)
-    return dataclasses.replace(w, shape=(n_in, w.qweight.shape[-1])), adapter
+    return dataclasses.replace(w, shape=(w.shape[0] // sharding.row_parts, w.qweight.shape[-1])), adapter
 
 
 def _stores_rows(adapter: WeightAdapter | None, sharding: MatrixSharding) -> bool:
@@ -207,9 +205,9 @@ def _all(array: jax.Array, axis: int) -> jax.Array:
     return jax.lax.all_gather(array, FSDP, axis=axis % array.ndim, tiled=True)
 
 
-def _summed(part: jax.Array, split: bool) -> jax.Array:
-    """The sum over TENSOR of products of parts, in float32, rounded once to their type."""
-    if not split:
+def tensor_sum(part: jax.Array, cut: bool) -> jax.Array:
+    """The sum over TENSOR of products of parts, in float32, rounded once to their type; ``part`` if not ``cut``."""
+    if not cut:
         return part
     return jax.lax.psum(part.astype(jnp.float32), TENSOR).astype(part.dtype)
 

@@ -29,6 +29,7 @@ __all__ = [
     "axes_names",
     "batch_axes",
     "batch_shards",
+    "named",
     "shardings",
     "spec",
     "weight_specs",
@@ -62,6 +63,11 @@ class MatrixSharding:
     stored_rows: bool = False
 
     @property
+    def row_parts(self) -> int:
+        """Into how many parts ``in`` of W is cut."""
+        return self.mesh.shape[TENSOR] if self.rows else 1
+
+    @property
     def row_axes(self) -> Axes:
         """The axes that cut ``in`` of W."""
         return (TENSOR,) if self.rows else ()
@@ -83,7 +89,7 @@ class MatrixSharding:
 
     def named(self, *entries: Axes | None) -> NamedSharding:
         """A sharding of an array by the axes of each of its dimensions."""
-        return NamedSharding(self.mesh, spec(*entries))
+        return named(self.mesh, *entries)
 
 
 def axes_names(*entries: Axes | None) -> tuple[Any, ...]:
@@ -94,6 +100,11 @@ def axes_names(*entries: Axes | None) -> tuple[Any, ...]:
 def spec(*entries: Axes | None) -> P:
     """A PartitionSpec from the axes that cut each dimension."""
     return P(*axes_names(*entries))
+
+
+def named(mesh: Mesh, *entries: Axes | None) -> NamedSharding:
+    """A sharding from the axes that cut each dimension."""
+    return NamedSharding(mesh, spec(*entries))
 
 
 def batch_axes(mesh: Mesh, rows: int) -> Axes:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lotaqaf_jax.kernels.sharded import shard_map
+from lotaqaf_jax.kernels.sharded import shard_map, tensor_sum
 from lotaqaf_jax.kernels.sharding import BATCH, TENSOR, batch_axes, spec
 from lotaqaf_jax.models.decoder import Decoder, logits_of
 from lotaqaf_jax.models.layers import Embed, Linear
@@ -61,8 +61,8 @@ class Head:
         return jax.lax.pmin(ids, TENSOR)
 
     def summed(self, part: jax.Array) -> jax.Array:
-        """What every part of the vocabulary contributes, added in float32."""
-        return jax.lax.psum(part.astype(jnp.float32), TENSOR).astype(part.dtype) if self.cut else part
+        """What every part of the vocabulary contributes, added."""
+        return tensor_sum(part, self.cut)
 
     def _ids(self, logits: jax.Array) -> jax.Array:
         count = logits.shape[-1]

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lotaqaf_jax.kernels.attention import causal_attention
 from lotaqaf_jax.kernels.sharded import shard_map
-from lotaqaf_jax.kernels.sharding import FSDP, TENSOR, Axes, batch_axes, spec
+from lotaqaf_jax.kernels.sharding import FSDP, TENSOR, Axes, batch_axes, named, spec
 
 __all__ = ["DecoderSharding"]
 
@@ -43,7 +43,7 @@ class DecoderSharding:
 
     def named(self, *entries: Axes | None) -> NamedSharding:
         """A sharding by the axes of each dimension."""
-        return NamedSharding(self.mesh, spec(*entries))
+        return named(self.mesh, *entries)
 
     def spread(self, x: jax.Array) -> jax.Array:
         """x (rows, ...) with its rows cut over the mesh where that goes evenly, and nothing else."""

@@ -66,7 +66,7 @@ def put_rows(model: Decoder, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         batch: arrays (rows, ...) in the host's memory. Rows that cannot be cut evenly go whole to every device.
     """
     if model.sharding is None:
-        return dict(jax.device_put(dict(batch)))
+        return jax.device_put(dict(batch))
     mesh = model.sharding.mesh
     return {name: _send(np.asarray(array), spec(batch_axes(mesh, len(array))), mesh) for name, array in batch.items()}
 

@@ -22,9 +22,10 @@ from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.sharding import DecoderSharding
 from lotaqaf_jax.models.spec import LinearSpec
 
-__all__ = ["decoder_sharding", "linear_sharding"]
+__all__ = ["ROWS", "cuts_rows", "decoder_sharding", "linear_sharding"]
 
-_ROWS = ("o_proj", "down_proj")
+ROWS = ("o_proj", "down_proj")
+"""Projections that tensor cuts by ``in`` where it can; the others by ``out``."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -48,14 +49,14 @@ def linear_sharding(config: DecoderConfig, name: str, spec: LinearSpec, mesh: Me
     """
     tensor, fsdp = mesh.shape[TENSOR], mesh.shape[FSDP]
     cut = name not in _ATTENTION or decoder_sharding(config, mesh).heads
-    rows = cut and name in _ROWS and _cuts_rows(spec, tensor)
+    rows = cut and name in ROWS and cuts_rows(spec, tensor)
     columns = cut and not rows and spec.out_features % tensor == 0
     n_in, n_out = spec.in_features // (tensor if rows else 1), spec.out_features // (tensor if columns else 1)
     return MatrixSharding(mesh, rows, columns, stored_columns=n_out % fsdp == 0, stored_rows=n_in % fsdp == 0)
 
 
-def _cuts_rows(spec: LinearSpec, parts: int) -> bool:
-    """Whether ``in`` falls into equal parts of whole groups and whole words."""
+def cuts_rows(spec: LinearSpec, parts: int) -> bool:
+    """Whether ``in`` of a weight falls into ``parts`` equal parts of whole groups and whole words."""
     if spec.in_features % parts:
         return False
     if spec.quant is None or parts == 1:

@@ -16,7 +16,7 @@ from lotaqaf_jax.plan.estimate import MEMORY_FRACTION, Fit, fitting
 from lotaqaf_jax.plan.hardware import GIB, Gpu, gpu_of_kind
 from lotaqaf_jax.plan.memory import RESERVE, memory_of
 from lotaqaf_jax.plan.seconds import seconds_of
-from lotaqaf_jax.plan.sizes import ONE_DEVICE, Layout, Settings, Shape
+from lotaqaf_jax.plan.sizes import FLAGS, ONE_DEVICE, Layout, Settings, Shape
 from lotaqaf_jax.quant.folder import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ _FLAGS = {
     "accumulate": "gradient_accumulation_steps",
     "rank": "lora_r",
     "length": "max_seq_length",
-    "data": "data_parallel",
-    "tensor": "tensor_parallel",
+    **FLAGS,
 }
 """train.py's names of what :class:`Settings` calls otherwise."""
 

@@ -12,8 +12,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -25,7 +26,7 @@ from lotaqaf_jax.models.presets import PRESETS, preset
 from lotaqaf_jax.models.registry import KNOWN_MODELS
 from lotaqaf_jax.plan.estimate import MEMORY_FRACTION, Plan, Space, fastest, fitting
 from lotaqaf_jax.plan.hardware import GIB, GPUS, Gpu, gpu
-from lotaqaf_jax.plan.sizes import Settings, Shape, shape_of
+from lotaqaf_jax.plan.sizes import FLAGS, Settings, Shape, shape_of
 from lotaqaf_jax.quant.config import QuantizationConfig
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_json
 
@@ -203,8 +204,7 @@ def _advice(plan: Plan, rows: int) -> list[str]:
     fit = fitting(plan.shape, plan.settings, plan.layout, plan.limit, gpus_a_host=plan.gpu.host)
     if fit is not None:
         # Batches follow from rows; the rest is flags of this command.
-        flags = " ".join(f"--{name} {value}" for name, value in fit.changes if name != "accumulate")
-        lines.append(f"would fit: {flags}")
+        lines.append(f"would fit: {_flags((name, value) for name, value in fit.changes if name != 'accumulate')}")
     count = plan.layout.count
     while count < MOST_CARDS:
         count *= 2
@@ -220,8 +220,11 @@ def _advice(plan: Plan, rows: int) -> list[str]:
         except ConfigError:
             continue
         if fits:
-            layout = dataclasses.asdict(more.layout)
-            flags = " ".join(f"--{name} {value}" for name, value in layout.items() if value > 1)
-            lines.append(f"would fit: --count {count} {flags} --recompute {more.settings.recompute}")
+            layout = _flags((name, size) for name, size in dataclasses.asdict(more.layout).items() if size > 1)
+            lines.append(f"would fit: --count {count} {layout} --recompute {more.settings.recompute}")
             break
     return lines or [f"nothing that is tried fits, up to {MOST_CARDS} of these cards"]
+
+
+def _flags(changes: Iterable[tuple[str, Any]]) -> str:
+    return " ".join(f"--{FLAGS.get(name, name)} {value}" for name, value in changes)

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from lotaqaf_jax.models.spec import LinearSpec
+from lotaqaf_jax.parallel.rules import ROWS
 from lotaqaf_jax.plan.hardware import Gpu
 from lotaqaf_jax.plan.memory import saved_bytes
 from lotaqaf_jax.plan.sizes import (
     ONE_DEVICE,
-    ROWS,
     Layout,
     Settings,
     Shape,

@@ -15,10 +15,12 @@ from lotaqaf_jax.models.adapters import TARGET_MODULES, check_targets
 from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Recompute
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec, QuantSpec, dense_spec
+from lotaqaf_jax.parallel.rules import ROWS, cuts_rows
 from lotaqaf_jax.quant.packing import check_bits, packed_size
 from lotaqaf_jax.quant.weight import group_count
 
 __all__ = [
+    "FLAGS",
     "ONE_DEVICE",
     "Layout",
     "Settings",
@@ -30,8 +32,8 @@ __all__ = [
     "weight_bytes",
 ]
 
-ROWS = ("o_proj", "down_proj")
-"""Projections whose weight tensor parallelism splits along its inputs; the others are split along their outputs."""
+FLAGS = {"data": "data_parallel", "tensor": "tensor_parallel"}
+"""The flags of what :class:`Layout` calls otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name}: found {getattr(self, name)}, expected 1 or more.")
+                raise ConfigError(f"--{FLAGS.get(name, name)}: found {getattr(self, name)}, expected 1 or more.")
 
     @property
     def count(self) -> int:
@@ -103,7 +105,7 @@ class Layout:
                     f"--fsdp: the {linear.out_features} outputs of {path} are not split evenly over {o} cards. Use a "
                     "power of two."
                 )
-            if t > 1 and path.endswith(ROWS) and not _splits(linear, t):
+            if t > 1 and path.endswith(ROWS) and not cuts_rows(linear, t):
                 found = f"{t} parts of the {linear.in_features} inputs of {path} are not whole groups"
                 if linear.quant and linear.quant.act_order:
                     found = f"the groups of {path} lie in no order (act-order), so that no part of its inputs is whole"
@@ -111,13 +113,6 @@ class Layout:
 
 
 ONE_DEVICE = Layout()
-
-
-def _splits(linear: LinearSpec, ways: int) -> bool:
-    size = linear.quant.group_size if linear.quant else 1
-    if linear.quant and (linear.quant.act_order or size == -1):
-        return False  # rows of one group lie anywhere
-    return linear.in_features % (ways * size) == 0
 
 
 @dataclasses.dataclass(frozen=True)

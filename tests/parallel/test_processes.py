@@ -21,9 +21,9 @@ from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.launch import main as launch
 from lotaqaf_jax.parallel.processes import agree, fetch, start
 from lotaqaf_jax.training.checkpoints import saved_steps
+from tests.training.conftest import write_rows, write_tiny_gptq
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINTS = ROOT / "tests" / "checkpoints"
 STEPS = 12
 
 
@@ -31,16 +31,11 @@ STEPS = 12
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of train.py: a tiny model and rows of 16 an update, in any layout of four devices whose rows are cut in two."""
     folder = tmp_path_factory.mktemp("run")
-    model = folder / "model"
-    shutil.copytree(CHECKPOINTS / "ckpt-llama-b4g32-asym-desc", model)
-    for file in (CHECKPOINTS / "tokenizer").iterdir():
-        shutil.copy(file, model)
-    rows = [{"prompt": f"after {i} ", "completion": f"comes {i + 1}"} for i in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, rows = write_tiny_gptq(folder / "model"), str(write_rows(folder / "rows.jsonl", 40))
     return [
-        *("--model", str(model), "--dataset", str(folder / "rows.jsonl"), "--max_steps", str(STEPS), "--lora_r", "8"),
+        *("--model", str(model), "--dataset", rows, "--max_steps", str(STEPS), "--lora_r", "8"),
         *("--target_modules", "q_proj", "down_proj", "--per_device_train_batch_size", "4", "--save_steps", "2"),
-        *("--eval_dataset", str(folder / "rows.jsonl"), "--max_eval_samples", "10", "--offset", "reference"),
+        *("--eval_dataset", rows, "--max_eval_samples", "10", "--offset", "reference"),
     ]
 
 

@@ -32,7 +32,11 @@ def write_rows(path: Path, count: int) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gptq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPTQ Llama of two layers, asymmetric with act-order, written by GPTQModel, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("gptq") / "tiny"
+    return write_tiny_gptq(tmp_path_factory.mktemp("gptq") / "tiny")
+
+
+def write_tiny_gptq(folder: Path) -> Path:
+    """The model of :func:`tiny_gptq`, in a folder that is not there yet."""
     shutil.copytree(CHECKPOINTS / "ckpt-llama-b4g32-asym-desc", folder)
     for file in (CHECKPOINTS / "tokenizer").iterdir():
         shutil.copy(file, folder)

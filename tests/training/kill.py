@@ -94,11 +94,8 @@ def _operation(event: str, arguments: tuple[Any, ...]) -> str | None:
 
 def start(place: Path, flags: list[str] = FLAGS, trap: Trap | None = None) -> int:
     """Fork a run that works in ``place``; gives its process id. What it says goes to ``place/said.txt``."""
-    process = os.fork()
-    if process:
-        return process
-    status = 70
-    try:
+
+    def work() -> int:
         signal.alarm(300)  # Ends one that hangs, which the test then hears of.
         said = os.open(place / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
@@ -106,7 +103,19 @@ def start(place: Path, flags: list[str] = FLAGS, trap: Trap | None = None) -> in
         os.chdir(place)
         if trap is not None:
             trap.set()
-        status = train.main(flags)
+        return train.main(flags)
+
+    return forked(work)
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The id of a new process, which ends with the status that ``work`` gives, or 70 where it raises."""
+    process = os.fork()
+    if process:
+        return process
+    status = 70
+    try:
+        status = work()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -411,18 +420,8 @@ def small(folder: Path, whole: Path) -> str:
     """A file system of its own that is full, where the system lets a user make one; says whether it does."""
     place = folder / "small"
     (place / "output").mkdir(parents=True)
-    process = os.fork()
-    if process:
-        return {0: "done", 77: "refused"}.get(wait(process), "failed")
-    status = 1
-    try:
-        status = _in_small(place, whole)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-    raise AssertionError("not reached")
+    status = wait(forked(lambda: _in_small(place, whole)))
+    return {0: "done", 77: "refused"}.get(status, "failed")
 
 
 def _in_small(place: Path, whole: Path) -> int:
