@@ -9,7 +9,9 @@ error (norm of the difference over the norm). A residual sum, numbers rounded to
 written to, must equal plain JAX bit for bit; a norm is float64's but for two roundings, and what attention gathers is
 compared with float64. In models, kernels run in loops over stacks of layers, within other programs: words and mu of a
 merge must again be equal, losses and norms of gradients agree with plain JAX, and generated tokens with the forward
-pass. Exit status 1 if a case fails.
+pass. Repeats run the kernels of a weight 200 times, at a size at which programs share processors, and every run has to
+give the bits of the first. That is sharper where other programs are on the card at the same instant (--jobs under
+NVIDIA's MPS), which is how a product read too early has been found. Exit status 1 if a case fails.
 """
 
 from __future__ import annotations
@@ -75,6 +77,14 @@ SMALL: dict[str, Any] = {
     "head_dim": 64,
     "vocab_size": 1000,
 }
+# Weight, offset, surrogate.
+REPEATED: tuple[tuple[Grid, Any, Any], ...] = (
+    (Grid(4, 2048, 5632, 64), "reference", "straight"),
+    (Grid(3, 2048, 5632, 32), "paper", "window"),
+    (Grid(2, 2048, 5632, 128), "none", "window"),
+    (Grid(8, 2048, 5632, 128), "none", "straight"),
+)
+REPEATS = 200
 TOLERANCE = {"gradients": 5e-3, "product": 4e-3, "bfloat16": 6e-3, "float16": 1e-3, "loss": 1e-3, "norms": 2e-2}
 GAP = 0.5
 """Standard deviations of the logits by which a generated token may miss the greatest."""
@@ -148,6 +158,26 @@ def check(number: int) -> tuple[bool, str]:
     numbers = ", ".join(f"{key} {value:.1e}" for key, value in errors.items())
     name = f"{grid!s:26} r{rank:<4} {offset:9} {surrogate:8} mu {jnp.dtype(dtype).name:8}"
     return _result(f"{name} {numbers:40}", wrong)
+
+
+def check_repeats(number: int) -> tuple[bool, str]:
+    """Whether all runs of one weight's kernels give the same bits, and the line that says so."""
+    grid, offset, surrogate = REPEATED[number]
+    rng = np.random.default_rng(number)
+    w = quantized(random_numbers(rng, grid), grid)
+    a, b = (jnp.asarray(random_ternary(rng, *shape)) for shape in ((grid.n_in, 64), (64, grid.n_out)))
+    adapter = TernaryAdapter(a, b, 14.0, offset, jnp.dtype(jnp.float32), surrogate=surrogate)
+    x, dy, bias = (
+        jnp.asarray(rng.normal(size=n), jnp.bfloat16) for n in ((64, grid.n_in), (64, grid.n_out), grid.n_out)
+    )
+    run = outputs("triton")
+    first = run(w, adapter, x, dy, bias)
+    differing = jax.jit(lambda one, other: jax.tree.map(lambda p, q: jnp.any(p != q).astype(jnp.int32), one, other))
+    counts = differing(first, first)
+    for _ in range(REPEATS):
+        counts = jax.tree.map(jnp.add, counts, differing(first, run(w, adapter, x, dy, bias)))
+    wrong = [f"{jax.tree_util.keystr(path)} {int(n)} times" for path, n in jax.tree.leaves_with_path(counts) if n]
+    return _result(f"{f'{grid!s:26} {offset:9} {surrogate:8} {REPEATS} runs':76}", wrong)
 
 
 def check_high_rank(number: int) -> tuple[bool, str]:
@@ -264,6 +294,7 @@ def main() -> None:
         "models": (check_model, MODELS),  # they take longest
         "weights": (check, GRIDS),
         "ranks": (check_high_rank, HIGH_RANKS),
+        "repeats": (check_repeats, REPEATED),
         "norm": (check_norm, NORMS),
         "attention": (check_attention, ATTENTION),
         "float8": (check_float8, FLOAT8),

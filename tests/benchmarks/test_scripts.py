@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ from lotaqaf_jax.models import add_adapters, merge
 from tests.convert.dense import QWEN, write_model
 from tests.data.conftest import byte_tokenizer
 from tests.models.tiny import quantized_decoder
+from tests.weights import Grid
 
 pytest.importorskip("triton")
 pytest.importorskip("torch")
@@ -137,6 +139,24 @@ def test_the_check_of_attention_tells_of_another_cache(load: Load, monkeypatch: 
     passed, line = checks.check_attention(0)
     assert not passed
     assert line.endswith("FAILED values")
+
+
+def test_the_check_of_repeats_tells_of_one_run_that_differs(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = load("check_kernels")
+    monkeypatch.setattr(checks, "REPEATS", 3)
+    monkeypatch.setattr(checks, "REPEATED", ((Grid(4, 64, 32, 32), "reference", "window"),))
+    plain, calls = checks.outputs("xla"), itertools.count()
+    monkeypatch.setattr(checks, "outputs", lambda _: plain)
+    assert checks.check_repeats(0)[0]
+
+    def once(*arguments: Any) -> dict[str, Any]:
+        found = plain(*arguments)
+        return found if next(calls) != 2 else found | {"biased": found["biased"] + 1}
+
+    monkeypatch.setattr(checks, "outputs", lambda _: once)
+    passed, line = checks.check_repeats(0)
+    assert not passed
+    assert line.endswith("FAILED ['biased'] 1 times")
 
 
 def test_the_checks_of_models_tell_of_other_words_and_tokens(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,11 +23,12 @@ import lotaqaf_jax.kernels.matmul.gpu as matmul
 import lotaqaf_jax.kernels.norm.gpu as norm
 from lotaqaf_jax.kernels import TernaryAdapter
 from lotaqaf_jax.kernels.adjust.blocks import can_pack
+from tests.kernels.machine_code import early_writes
 from tests.weights import Grid, quantized, random_numbers, random_ternary
 
 NAMES = {"int32": "i32", "uint8": "u8", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8"}
 NAMES |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
-GRIDS = (Grid(4, 128, 128, 64), Grid(2, 128, 64, 64), Grid(3, 128, 64, 32), Grid(8, 128, 64, 64), Grid(4, 96, 32, -1))
+GRIDS = (Grid(4, 128, 256, 64), Grid(2, 128, 64, 64), Grid(3, 128, 64, 32), Grid(8, 128, 64, 64), Grid(4, 96, 32, -1))
 
 compiled: list[dict[str, Any]] = []
 
@@ -66,7 +67,8 @@ def record(
     for capability in (90,) if hopper else (90, 80):
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse, "maxnreg": registers}
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        compiled.append({"kernel": name, "capability": capability, "shared": built.metadata.shared})
+        early = early_writes(built.asm["cubin"]) if capability == 90 else []
+        compiled.append({"kernel": name, "capability": capability, "shared": built.metadata.shared, "early": early})
     return [jnp.zeros(o.shape, o.dtype) for o in out]
 
 

@@ -37,7 +37,10 @@ def left_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(0) * ROWS + tl.arange(0, PARTS) * (ROWS // PARTS)
     r = tl.arange(0, RANK)
-    total = tl.zeros((ROWS, RANK), tl.float32)
+    # Transposed (rank, rows), so that what is made here, s * dW', is the right operand: Hopper's tensor cores read a
+    # left one from registers while the program goes on, and Triton before 3.7 (its issue 9433) lets the next round
+    # write them meanwhile.
+    total = tl.zeros((RANK, ROWS), tl.float32)
     if WINDOW:
         place = a_ptr + row[:, None] * rank + r[None, :]
         a = tl.load(place, mask=(r < rank)[None, :] & (row < K)[:, None], other=0.0)
@@ -46,8 +49,7 @@ def left_kernel(
             a = a.to(tl.float32)
     for i in range(ROUNDS):
         n = (tl.program_id(1) * ROUNDS + i) * COLUMNS + tl.arange(0, COLUMNS)
-        # (columns, rank), as the product wants it
-        b = tl.load(b_ptr + r[None, :] * N + n[:, None], mask=(r < rank)[None, :] & (n < N)[:, None], other=0.0)
+        b = tl.load(b_ptr + r[:, None] * N + n[None, :], mask=(r < rank)[:, None] & (n < N)[None, :], other=0.0)
         at = row.to(tl.int64)[:, None] * N + n[None, :]
         dweight = tl.load(dweight_ptr + at, mask=(row < K)[:, None] & (n < N)[None, :], other=0.0)
         at = (start // GROUP)[:, None] * N + n[None, :]
@@ -62,12 +64,12 @@ def left_kernel(
             b = b.to(tl.float32)
         if WINDOW:
             # Whole numbers, which TF32 holds.
-            d = tl.dot(a, tl.trans(b), input_precision="tf32")
+            d = tl.dot(a, b, input_precision="tf32")
             scaled *= _window(d, omega, WIDTH, BELOW, ABOVE)
         scaled = scaled.to(kind).to(b.dtype)
-        total = tl.dot(scaled, b, total, input_precision="tf32x3")
-    at = p_ptr + (tl.program_id(1) * K + row)[:, None] * rank + r[None, :]
-    tl.store(at, total, mask=(row < K)[:, None] & (r < rank)[None, :])
+        total = tl.dot(b, tl.trans(scaled), total, input_precision="tf32x3")
+    at = p_ptr + (tl.program_id(1) * K + row)[None, :] * rank + r[:, None]
+    tl.store(at, total, mask=(row < K)[None, :] & (r < rank)[:, None])
 
 
 @triton.jit
