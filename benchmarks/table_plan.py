@@ -113,7 +113,7 @@ TASKS = {
 }
 _LORA_RATE = Tuning("learning_rate", (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3))
 _QALORA_RATE = Tuning("learning_rate", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2), (5e-3, 1e-2, 2e-2, 4e-2))
-_MOVED = Tuning("moved", (), (0.05, 0.1, 0.2, 0.4))
+_MOVED = Tuning("moved", (), (0.05, 0.1, 0.2, 0.4, 0.6))
 _LORA = ("--method", "lora", "--lr_scheduler_type", "cosine")
 _SIGN = ("--optimizer", "t_signsgd", "--surrogate", "straight")
 _QALORA = ("--method", "qalora", "--qalora_pool", "mean", "--lr_scheduler_type", "cosine")

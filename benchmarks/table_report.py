@@ -30,7 +30,8 @@ def best_values(results: Iterable[Result]) -> dict[tuple[str, int, str, str], fl
 
 def write_report(results: Sequence[Result], root: Path) -> None:
     """Write table.md, and a plot for each model and task."""
-    tested = [result for result in results if result["split"] == "test"]
+    best = best_values(results)
+    tested = [result for result in results if result["split"] == "test" and _is_chosen(result, best)]
     parts = ["<!-- written by benchmarks/table.py -->\n"]
     for source in SOURCES.values():
         for task in source.tasks:
@@ -45,11 +46,16 @@ def write_report(results: Sequence[Result], root: Path) -> None:
                 parts.append(_table(here, source.groups, _loss, ablation=True))
             parts.append(f"\n{source.name}, {task}: what the runs came to\n\n{_details(here)}")
             _plot(here, source.name, task, source.groups[0], root / f"{source.name}_{task}.png")
-    best = best_values(results)
     if best:
         parts.append("\nTuned on validation rows (LoRA, QA-LoRA: learning rate; LoTA-QAF: share to move): ")
         parts.append("; ".join(f"{' '.join(map(str, key))}: {value:g}" for key, value in sorted(best.items())) + "\n")
     (root / "table.md").write_text("".join(parts), encoding="utf-8")
+
+
+def _is_chosen(result: Result, best: dict[tuple[str, int, str, str], float]) -> bool:
+    """Whether it has the value that is the best by now; more values may have been tried since it was run."""
+    key = (result["source"], result["bits"], result["task"], ROWS[result["row"]].like or result["row"])
+    return result["value"] is None or result["value"] == best.get(key, result["value"])
 
 
 Value = Callable[[Result, str], float]

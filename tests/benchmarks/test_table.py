@@ -66,6 +66,20 @@ def test_a_setting_is_chosen_by_validation_rows_alone() -> None:
     assert not [run for run in chosen if run.row == "lora" and run.bits == 3]
 
 
+def test_a_run_whose_setting_is_no_longer_the_best_is_left_out(tmp_path: Path) -> None:
+    plan, report = (importlib.import_module(name) for name in ("table_plan", "table_report"))
+
+    def results(*rates: float) -> list[dict[str, Any]]:
+        cell = ("base14m", 4, 64, "stories", "lora", 0)
+        tuned = [result_of(plan.Run(*cell, "validation", rate), 1 / rate) for rate in rates]
+        return tuned + [result_of(plan.Run(*cell, "test", rate), 1.5 + rate) for rate in rates]
+
+    report.write_report(results(0.25), tmp_path)
+    assert "| GPTQ + LoRA | 1.7500 |" in (tmp_path / "table.md").read_text()
+    report.write_report(results(0.25, 0.5), tmp_path)
+    assert "| GPTQ + LoRA | 2.0000 |" in (tmp_path / "table.md").read_text()
+
+
 def test_where_answers_are_compared_they_are_what_is_tuned_for() -> None:
     plan, report = (importlib.import_module(name) for name in ("table_plan", "table_report"))
     cases = {0.1: (0.50, 0.03), 0.2: (0.60, 0.05), 0.4: (0.60, 0.04)}
