@@ -88,7 +88,7 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
         "version": "gemm",
         "modules_to_not_convert": [name for name in dense if name != "lm_head"] or None,
     }
-    write_folder(model, source, folder, record, progress, form=_FORM, quantization={"quantization_config": said})
+    write_folder(model, source, folder, record, progress, form=_FORM, settings={"quantization_config": said})
 
 
 AWQ = Target(

@@ -2,9 +2,9 @@
 
     q' = k (q - z) + round(k mu) + 128,   s' = s / k,   zero point 128
 
-k = 32, 16, 8 at 2, 3, 4 bit is the largest power of two for which every q' fits, so that without an offset nothing
-changes, and with one it is rounded to 1/k of a step: off by up to 1/(2k). Dividing by k is exact but for scales below
-the normal numbers of their type.
+k = 1 where mu is 0, which changes nothing. Elsewhere k = 32, 16, 8 at 2, 3, 4 bit, the largest power of two for which
+every q' fits: mu is rounded to 1/k of a step, off by up to 1/(2k). Dividing by k is exact but for scales below the
+normal numbers of their type.
 
 Source: GPTQ on disk; the 8-bit symmetric kind that vLLM takes.
 """
@@ -43,9 +43,9 @@ def _shapes(weight: QuantizedWeight) -> dict[str, tuple[Any, tuple[int, ...]]]:
 
 
 def _convert(weight: HostWeight) -> dict[str, np.ndarray]:
-    k = FINER[weight.bits]
-    shift = np.rint(k * weight.offset.astype(np.float64)) - k * weight.zeros.astype(np.float64)
-    finer = np.clip(k * weight.integers.astype(np.float64) + weight.spread(shift) + ZERO, 0, 255)
+    k = np.where(weight.offset == 0, 1.0, float(FINER[weight.bits]))
+    shift = np.rint(k * weight.offset) - k * weight.zeros
+    finer = np.clip(weight.spread(k) * weight.integers + weight.spread(shift) + ZERO, 0, 255)
     return {
         "qweight": np.asarray(pack(finer.astype(np.uint8), 8)),
         "qzeros": np.asarray(encode_zeros(np.full(weight.zeros.shape, ZERO, np.uint8), 8, "gptq")),
@@ -72,7 +72,7 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
         del said["dynamic"]
     if is_main():
         write_json(folder / "quantize_config.json", said)
-    write_folder(model, source, folder, record, progress, form=_FORM, quantization={"quantization_config": said})
+    write_folder(model, source, folder, record, progress, form=_FORM, settings={"quantization_config": said})
 
 
 GPTQ8 = Target(

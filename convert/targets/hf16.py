@@ -46,7 +46,7 @@ def _type(model: Decoder) -> np.dtype[Any]:
 def _write(model: Decoder, source: Source, folder: Path, record: Record, progress: bool) -> None:
     dtype = _type(model)
     key = "torch_dtype" if "torch_dtype" in source.config else "dtype"
-    write_folder(model, source, folder, record, progress, form=_form(dtype), quantization={key: dtype.name})
+    write_folder(model, source, folder, record, progress, form=_form(dtype), settings={key: dtype.name})
 
 
 HF16 = Target(

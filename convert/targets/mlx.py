@@ -22,6 +22,7 @@ from convert.targets.host import HostWeight
 from convert.targets.target import Record, Source, Target
 from convert.targets.tensors import Form, form_size, write_folder
 from convert.tensors import named_linears
+from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.quant import QuantizedWeight, pack, packed_size, unpack
 
@@ -65,8 +66,27 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
         if kind != (group_size, bits):
             said[name] = {"group_size": kind[0], "bits": kind[1], "mode": "affine"}
     # mlx-lm reads the first; the second is what it writes beside it.
-    both = {"quantization": said, "quantization_config": said}
-    write_folder(model, source, folder, record, progress, form=_FORM, quantization=both, kind="mlx")
+    settings = _config(model) | {"quantization": said, "quantization_config": said}
+    write_folder(model, source, folder, record, progress, form=_FORM, settings=settings, kind="mlx")
+
+
+def _config(model: Decoder) -> dict[str, Any]:
+    """What mlx-lm looks for under these names alone, and has values of its own for where it finds nothing."""
+    config = model.config
+    if config.model_type == "qwen2" and config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ConfigError(
+            f"--target mlx: head_dim is {config.head_dim}; for Qwen2 mlx-lm knows only hidden_size / heads. "
+            "Use --target gptq."
+        )
+    scaling = None if config.rope_scaling is None else {"rope_type": "llama3", **vars(config.rope_scaling)}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": config.rms_norm_eps,
+        "num_key_value_heads": config.num_key_value_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": model.lm_head is None,
+    }
 
 
 MLX = Target(

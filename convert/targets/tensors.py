@@ -57,7 +57,7 @@ def write_folder(
     progress: bool,
     *,
     form: Form,
-    quantization: Mapping[str, Any],
+    settings: Mapping[str, Any],
     kind: str = "pt",
 ) -> None:
     """Write config, tokenizer and shards of a target.
@@ -69,14 +69,14 @@ def write_folder(
         record: told of the error of every quantised module, as it is written.
         progress: show a progress bar when it takes longer than a second.
         form: how quantised weights are stored.
-        quantization: keys of config.json that say so.
+        settings: keys of config.json that say so, and others that the target wants.
         kind: what the files' metadata says of who wrote them; transformers refuses files that do not say.
     """
     packed, dense, shapes = _packed(model), _dense(model), _shapes(model, form)
     if is_main():
         if source.folder is not None:
             copy_companions(source.folder, folder, skip=("config.json", "quantize_config.json"))
-        write_json(folder / "config.json", {**source.plain_config, **quantization})
+        write_json(folder / "config.json", {**source.plain_config, **settings})
     together = [[name] for name in dense]
     together += [[f"{name}.{end}" for end in form.shapes(weight)] for name, (weight, _) in packed.items()]
     shards = list(_shards(together, shapes))
