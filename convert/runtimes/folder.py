@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.offset import OFFSET_FOLDER
-from convert.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from convert.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.quant.config import QuantizationConfig
 from lotaqaf_jax.quant.folder import INDEX, CheckpointFolder, read_json
@@ -225,5 +225,6 @@ def _lora(path: Path) -> tuple[dict[str, int], int]:
     config = read_json(path / ADAPTER_CONFIG)
     suffix = ".lora_A.weight"
     shapes = _header(path / ADAPTER_WEIGHTS)
-    ranks = {name.removesuffix(suffix): shape[0] for name, shape in shapes.items() if name.endswith(suffix)}
+    names = [name for name in shapes if name.endswith(suffix)]
+    ranks = {name.removeprefix(PREFIX).removesuffix(suffix): shapes[name][0] for name in names}
     return ranks, int(config.get("r") or 0)

@@ -37,7 +37,6 @@ __all__ = [
     "no_config",
     "no_dynamic",
     "not_planar",
-    "of_width",
     "on_marlin",
     "parts_alike",
     "strict_names",
@@ -128,17 +127,6 @@ def gptqmodel_meta(folder: ModelFolder) -> Iterator[str]:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
-
-
-def of_width(*widths: int) -> Rule:
-    """Widths that there is a kernel for."""
-
-    def rule(folder: ModelFolder) -> Iterator[str]:
-        if wrong := _those(folder, lambda module: module.bits not in widths):
-            bits = sorted({module.bits for module in wrong})
-            yield f"{_names(wrong)}: {_listed(bits)} bit; only {_listed(widths)} bit is loaded."
-
-    return rule
 
 
 def symmetric_widths(folder: ModelFolder) -> Iterator[str]:
@@ -240,14 +228,12 @@ def marlin_path(folder: ModelFolder) -> bool:
     )
 
 
-def on_marlin(rule: Rule, otherwise: Rule | None = None) -> Rule:
-    """A rule of SGLang's Marlin path, and one of its general kernel."""
+def on_marlin(rule: Rule) -> Rule:
+    """A rule of SGLang's Marlin path alone; its general kernel takes 2, 3, 4 and 8 bit, all that a config may say."""
 
     def chosen(folder: ModelFolder) -> Iterator[str]:
         if marlin_path(folder):
             yield from rule(folder)
-        elif otherwise is not None:
-            yield from otherwise(folder)
 
     return chosen
 

@@ -172,7 +172,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             "gptq": (
                 rules.gptq_keys("bits", "group_size", "desc_act"),
                 rules.not_planar,
-                rules.on_marlin(rules.symmetric_widths, rules.of_width(2, 3, 4, 8)),
+                rules.on_marlin(rules.symmetric_widths),
                 rules.on_marlin(rules.groups_of_marlin),
                 rules.on_marlin(rules.ignores_qzeros),
                 rules.zeros_plus_one,

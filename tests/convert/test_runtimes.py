@@ -108,13 +108,14 @@ def dense(path: Path, **more: np.ndarray) -> Path:
     return write(path, tensors | more)
 
 
-def awq(path: Path, *, rows: int = INTERMEDIATE, without: str = "", **config: Any) -> Path:
+def awq(path: Path, *, rows: int = INTERMEDIATE, without: str = "", more: str = "", **config: Any) -> Path:
     quantization = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"} | config
     tensors = {
         f"{DOWN}.qweight": np.zeros((rows, HIDDEN // 8), np.int32),
         f"{DOWN}.qzeros": np.zeros((rows // 32, HIDDEN // 8), np.int32),
         f"{DOWN}.scales": np.ones((rows // 32, HIDDEN), np.float16),
     }
+    tensors |= {more: np.zeros(4)} if more else {}
     return write(path, tensors, quantization_config={k: v for k, v in quantization.items() if k != without})
 
 
@@ -126,10 +127,10 @@ def mlx(path: Path, *, bits: int = 4, group_size: int = 64, **more: np.ndarray) 
     return write(path, tensors | more, quantization=grid, quantization_config=grid)
 
 
-def compressed(path: Path, actorder: Any) -> Path:
+def compressed(path: Path, actorder: Any, name: str = f"{DOWN}.weight_packed") -> Path:
     weights = {"num_bits": 4, "type": "int", "group_size": 32, "actorder": actorder}
     config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
-    return write(path, {f"{DOWN}.weight_packed": np.zeros((HIDDEN, 32), np.int32)}, quantization_config=config)
+    return write(path, {name: np.zeros((HIDDEN, 32), np.int32)}, quantization_config=config)
 
 
 def gguf(path: Path, start: bytes = b"GGUF\x03\0\0\0") -> Path:
@@ -185,7 +186,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "sglang 16 bit": ("sglang", {"modules": {DOWN: None}}, "is in 16 bit, but is loaded as 4 bit"),
     "sglang head": ("sglang", {"modules": HEAD, "tensors": NO_HEAD}, "lacks lm_head: true"),
-    "sglang rank": ("sglang", {"ranks": {Q: 4, DOWN: 8}}, f"{Q} is of rank 4, not of r = 8"),
+    "sglang rank": ("sglang", {"ranks": {Q: 4, DOWN: 8}}, f"offset_adapter/: {Q} is of rank 4, not of r = 8"),
     "transformers planes": ("transformers", {"checkpoint_format": "gptq_p"}, "gptq_p"),
     "transformers dynamic": ("transformers", {"dynamic": {"+:.*layers.7.*": {}}}, "`dynamic`"),
     "transformers head": ("transformers", {"modules": HEAD, "tensors": NO_HEAD, "lm_head": True}, "wrong logits"),
@@ -234,31 +235,36 @@ def test_sglang_judges_dynamic_by_its_kernel(tmp_path: Path) -> None:
 
 
 def test_transformers_looks_into_config_json_alone(tmp_path: Path) -> None:
-    folder = gptq(tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "copy it there" in convert.check_runtime(folder, "transformers").reasons[0]
-    assert convert.check_runtime(folder, "vllm").loads
+    for folder in (gptq(tmp_path / "gptq"), awq(tmp_path / "awq")):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+        (folder / "config.json").write_text(json.dumps(config))
+        assert ["copy it there" in reason for reason in convert.check_runtime(folder, "transformers").reasons] == [True]
+        assert convert.check_runtime(folder, "vllm").loads
 
 
 OTHERS: dict[str, tuple[str, Callable[[Path], Path], str | None]] = {
     "awq on vllm": ("vllm", awq, None),
     "awq on sglang": ("sglang", awq, None),
     "awq on mlx": ("mlx", awq, None),
-    "awq keys": ("vllm", lambda path: awq(path, without="zero_point"), "has no zero_point"),
-    "awq spelled otherwise": ("vllm", lambda path: awq(path, without="bits", w_bit=4), None),
-    "awq width": ("vllm", lambda path: awq(path, bits=8), "only 4 bit"),
-    "awq version": ("vllm", lambda path: awq(path, version="gemv"), "read as gemm's"),
-    "awq partial": ("vllm", lambda path: awq(path, rows=272), "272 inputs in groups of 32"),
-    "awq group": ("vllm", lambda path: awq(path, group_size=16), "group_size 16; expected one of -1, 32, 64, 128"),
     "awq group on mlx": ("mlx", lambda path: awq(path, group_size=16), "group_size is 16"),
+    "awq width on mlx": ("mlx", lambda path: awq(path, bits=8), "only 4 bit"),
+    "awq version on mlx": ("mlx", lambda path: awq(path, version="gemv"), "read as gemm's"),
+    "awq tensor on mlx": ("mlx", lambda path: awq(path, more="mu"), "mu: no parameter of the model"),
+    "awq tensor": ("vllm", lambda path: awq(path, more="mu"), "mu: no parameter of the model"),
+    "awq on transformers": ("transformers", awq, None),
+    "awq width on transformers": ("transformers", lambda path: awq(path, bits=8), "only 4 bit"),
+    "awq head on transformers": ("transformers", lambda path: awq(path, more="lm_head.scales"), "wrong logits"),
+    "awq on gptqmodel": ("gptqmodel", awq, None),
+    "awq width on gptqmodel": ("gptqmodel", lambda path: awq(path, bits=8), "only 4 bit"),
     "mlx on mlx": ("mlx", mlx, None),
     "mlx width": ("mlx", lambda path: mlx(path, bits=7), "bits is 7"),
     "mlx group": ("mlx", lambda path: mlx(path, group_size=16), "group_size is 16"),
     "mlx tensor": ("mlx", lambda path: mlx(path, **{f"{DOWN}.g_idx": np.zeros(4)}), "no parameter of the model"),
     "mlx on vllm": ("vllm", mlx, "MLX folders are not loaded"),
     "mlx on transformers": ("transformers", mlx, "MLX folders are not loaded"),
+    "16 bit on mlx": ("mlx", dense, None),
+    "16 bit with a tensor more on mlx": ("mlx", lambda path: dense(path, mu=np.zeros(4)), "mu: no parameter"),
     "16 bit on vllm": ("vllm", dense, None),
     "16 bit on transformers": ("transformers", dense, None),
     "16 bit on gptqmodel": ("gptqmodel", dense, "16-bit folders are not loaded"),
@@ -267,10 +273,28 @@ OTHERS: dict[str, tuple[str, Callable[[Path], Path], str | None]] = {
     "gguf on llama.cpp": ("llama.cpp", gguf, None),
     "gguf on transformers": ("transformers", gguf, None),
     "gguf on vllm": ("vllm", gguf, "vllm-gguf-plugin"),
+    "gguf on sglang": ("sglang", gguf, None),
+    "no gguf on sglang": ("sglang", lambda path: gguf(path, b"GGML\x03\0\0\0"), "does not begin as a GGUF file"),
+    "no gguf on transformers": ("transformers", lambda path: gguf(path, b"GGML\x03\0\0\0"), "does not begin as"),
     "gguf of version 1": ("llama.cpp", lambda path: gguf(path, b"GGUF\x01\0\0\0"), "does not begin as a GGUF file"),
     "compressed-tensors on vllm": ("vllm", lambda path: compressed(path, "static"), None),
     "compressed-tensors in act-order": ("vllm", lambda path: compressed(path, "group"), "actorder is 'group'"),
+    "compressed-tensors tensor": ("vllm", lambda path: compressed(path, None, "mu"), "mu: no parameter of the model"),
     "compressed-tensors on mlx": ("mlx", lambda path: compressed(path, None), "not judged here"),
+}
+
+
+OTHERS |= {
+    f"awq {what} on {runtime}": (runtime, make, sentence)
+    for runtime in ("vllm", "sglang")
+    for what, make, sentence in (
+        ("keys", lambda path: awq(path, without="zero_point"), "has no zero_point"),
+        ("spelled otherwise", lambda path: awq(path, without="bits", w_bit=4), None),
+        ("width", lambda path: awq(path, bits=8), "only 4 bit"),
+        ("version", lambda path: awq(path, version="gemv"), "read as gemm's"),
+        ("group", lambda path: awq(path, group_size=16), "group_size 16; expected one of -1, 32, 64, 128"),
+        ("partial", lambda path: awq(path, rows=272), "272 inputs in groups of 32"),
+    )
 }
 
 
