@@ -1,4 +1,4 @@
-"""``python -m convert``: quantize, import, merge, export and verify from the shell."""
+"""``python -m convert``: quantize, import, merge, export, verify and check from the shell."""
 
 from __future__ import annotations
 
@@ -88,6 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _report(verify)
 
+    check = commands.add_parser(
+        "check", help="say whether a runtime loads a folder, or why not", description=check_command.__doc__
+    )
+    check.add_argument("folder", type=Path, metavar="DIR", help="model folder (required)")
+    check.add_argument(
+        "--runtime",
+        required=True,
+        metavar="NAME",
+        help="vllm, sglang, transformers, gptqmodel, mlx or llama.cpp (required)",
+    )
+
     imported = commands.add_parser(
         "import", help="GPTQ folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
     )
@@ -103,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command.add_argument("--quiet", action="store_true", help="show no progress bars (default: show them)")
         command.set_defaults(run=run)
+    check.set_defaults(run=check_command)
     return parser
 
 
@@ -254,6 +266,16 @@ def verify_command(args: argparse.Namespace) -> None:
     print(f"verified: {args.merged}")
 
 
+def check_command(args: argparse.Namespace) -> int:
+    """Say, by the loader's rules and without loading weights, whether a runtime loads a model folder and computes it
+    right: yes, with the flags it needs, or no, with every reason; and which export targets load. Status 0 is yes."""
+    from convert.runtimes import check_runtime
+
+    verdict = check_runtime(args.folder, args.runtime)
+    print(verdict)
+    return 0 if verdict.loads else 2
+
+
 def import_command(args: argparse.Namespace) -> None:
     """Bring a GPTQ folder into Flax: an Orbax checkpoint of the packed state, with config and tokenizer beside. Words
     stay packed; `export` writes the same GPTQ tensors again."""
@@ -323,14 +345,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except LotaError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

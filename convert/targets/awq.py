@@ -79,6 +79,8 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
         raise ConfigError(
             f"--target awq: groups of {', '.join(map(str, sorted(sizes)))} rows, it holds one size. Use --target gptq."
         )
+    if model.lm_head is not None and model.lm_head.is_quantized:
+        raise ConfigError("--target awq: the output head is quantised, which no reader expects. Use --target gptq.")
     dense = [name for name, linear, _ in named_linears(model) if not linear.is_quantized]
     said = {
         "quant_method": "awq",
