@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -106,9 +107,11 @@ def run(config: TrainConfig) -> None:
 
     # Merge, export and verify: integers move by one step of their grid or not at all, nothing is rounded, and the
     # merged folder appears in its place only when it has been read back and every check has passed.
-    convert.save_adapter(model, output / "adapter", base=base, overwrite=True, progress=is_main())
+    told = f"{summary(config, data.num_steps(config.num_train_epochs))}\n{data.report}".splitlines()
+    writing: Any = {"base": base, "training": told, "overwrite": True, "progress": is_main()}
+    convert.save_adapter(model, output / "adapter", **writing)
     if method.merges:
-        report = convert.merge_and_save(model, output / "merged", base=base, overwrite=True, progress=is_main())
+        report = convert.merge_and_save(model, output / "merged", **writing)
         if is_main():
             print(report)
     if not is_main():

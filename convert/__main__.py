@@ -232,7 +232,7 @@ def quantize_command(args: argparse.Namespace) -> None:
 def merge_command(args: argparse.Namespace) -> None:
     """Merge an adapter into its base and write the merged folder: the base with only qweight changed, and mu as a PEFT
     LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does it appear."""
-    from convert.adapter import load_adapter
+    from convert.adapter import load_adapter, training_lines
     from convert.save import check_target, merge_and_save
     from lotaqaf_jax.errors import ConfigError
     from lotaqaf_jax.models.loading import load_decoder
@@ -248,6 +248,7 @@ def merge_command(args: argparse.Namespace) -> None:
         args.output,
         base=base,
         seed=args.seed,
+        training=training_lines(args.adapter),
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
@@ -289,7 +290,7 @@ def export_command(args: argparse.Namespace) -> None:
     """Write a model in the format of a runtime. --model is what `import` wrote, or a GPTQ folder, with the offsets that
     lie beside it; with --adapter it must be the GPTQ folder that the adapter was trained on. What is written is decoded
     and compared; a target that would lose something refuses without --allow-lossy."""
-    from convert.adapter import load_adapter
+    from convert.adapter import load_adapter, training_lines
     from convert.imported import is_imported, load_imported
     from convert.merged import load_merged
     from convert.save import check_target, save_pretrained
@@ -319,6 +320,7 @@ def export_command(args: argparse.Namespace) -> None:
         **from_,
         target=args.target,
         allow_lossy=args.allow_lossy,
+        training=() if args.adapter is None else training_lines(args.adapter),
         overwrite=args.overwrite,
         progress=progress,
     )

@@ -14,7 +14,7 @@ on its groups and scales, so on other weights the adapter means nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_header, read_json
 from lotaqaf_jax.ternary import check_settings
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "load_adapter", "save_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "load_adapter", "save_adapter", "training_lines"]
 
 _FORMAT_VERSION = 1
 _OFFSET_TYPES = ("float32", "float16", "bfloat16")
@@ -131,8 +131,24 @@ _FORMATS = {
 }
 
 
+def training_lines(directory: str | Path) -> list[str]:
+    """How an adapter was trained, for a card: the lines it was saved with, else what its config says; [] for a LoRA."""
+    config = read_json(Path(directory) / ADAPTER_CONFIG)
+    found = config.get("training")
+    if isinstance(found, list):
+        return [str(line) for line in found]
+    names = ("method", "rank", "offset", "base_model_name_or_path")
+    return [f"{name} {config[name]}" for name in names if name in config] if "method" in config else []
+
+
 def save_adapter(
-    model: Decoder, directory: str | Path, *, base: CheckpointFolder, overwrite: bool = False, progress: bool = True
+    model: Decoder,
+    directory: str | Path,
+    *,
+    base: CheckpointFolder,
+    training: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> None:
     """Write the adapters of a model.
 
@@ -140,6 +156,8 @@ def save_adapter(
         model: a decoder with adapters.
         directory: the folder to write.
         base: the checkpoint that the model was loaded from.
+        training: lines on how it was trained, for the cards of what is exported with it; a LoRA's config has no place
+            for them.
         overwrite: replace an adapter that is there.
         progress: show progress bars when it takes longer than a second.
 
@@ -173,6 +191,8 @@ def save_adapter(
         "base_model_name_or_path": str(base.path),
         "lotaqaf_jax_version": __version__,
     }
+    if training:
+        config["training"] = list(training)
     tensors: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for name, (adapter, _) in adapters.items():
         for part, stack in zip(adapter.parts, (adapter.a, adapter.b), strict=True):

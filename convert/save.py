@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from convert.card import CardFacts, write_card
 from convert.gptq import fill_gptq
 from convert.hf_config import complete_config
 from convert.offset import offset_bytes
@@ -41,6 +43,7 @@ def save_pretrained(
     target: str = "gptq",
     allow_lossy: bool = False,
     tokenizer_from: str | Path | None = None,
+    training: Sequence[str] = (),
     overwrite: bool = False,
     progress: bool = True,
 ) -> ExportReport:
@@ -59,6 +62,7 @@ def save_pretrained(
         target: a name of :data:`convert.TARGETS`.
         allow_lossy: write what the target cannot hold exactly, too.
         tokenizer_from: in place of ``base``, a folder whose config.json, tokenizer and generation files are taken.
+        training: lines for the card (README.md) on how the model was trained.
         overwrite: replace a checkpoint that is there.
         progress: show progress bars when it takes longer than a second.
 
@@ -85,7 +89,9 @@ def save_pretrained(
     sources = [] if source.folder is None else [source.folder]
     with new_folder(directory, overwrite=overwrite, needed=chosen.size(model, source), sources=sources) as folder:
         chosen.write(model, source, folder, record, progress)
-    return ExportReport(target, errors)
+        report = ExportReport(target, errors)
+        write_card(folder, _facts(directory, source, chosen, training, report))
+    return report
 
 
 def _source(
@@ -97,6 +103,14 @@ def _source(
     folder = None if tokenizer_from is None else Path(tokenizer_from)
     said = read_json(folder / "config.json") if folder is not None and (folder / "config.json").is_file() else None
     return Source(None, complete_config(model, said), folder, str(directory))
+
+
+def _facts(
+    directory: str | Path, source: Source, target: Target, training: Sequence[str], report: ExportReport | Report
+) -> CardFacts:
+    config = source.config
+    base = str(config.get("_name_or_path") or (source.folder.name if source.folder else config.get("model_type")))
+    return CardFacts(Path(directory).name, base, target.title, training, str(report).splitlines())
 
 
 def _refusal(target: Target, name: str, error: float) -> str:
@@ -116,6 +130,7 @@ def merge_and_save(
     base: CheckpointFolder,
     input_ids: np.ndarray | None = None,
     seed: int = 0,
+    training: Sequence[str] = (),
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -127,6 +142,7 @@ def merge_and_save(
         base: the checkpoint.
         input_ids: (batch, length) tokens to compare logits on; None for random ones.
         seed: seed of the random ones.
+        training: lines for the card (README.md) on how the model was trained.
         overwrite: replace a checkpoint that is there.
         progress: show progress bars when it takes longer than a second.
 
@@ -143,4 +159,7 @@ def merge_and_save(
         fill_gptq(merged, base, folder, model_name=str(directory), progress=progress)
         del merged
         barrier("words are written")
-        return verify(base, folder, model=model, input_ids=input_ids, seed=seed, progress=progress)
+        report = verify(base, folder, model=model, input_ids=input_ids, seed=seed, progress=progress)
+        source = Source(base, base.config, base.path, str(directory))
+        write_card(folder, _facts(directory, source, TARGETS["gptq"], training, report))
+        return report

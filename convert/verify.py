@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.adapter import load_adapter
+from convert.card import CARD
 from convert.gptq import CONFIG_FILES, read_config
 from convert.merged import load_merged
 from convert.offset import OFFSET_FOLDER, lora_pair
@@ -212,7 +213,7 @@ def _check_files(base: Path, written: Path) -> None:
         if read_config(base, name) != read_config(written, name):
             raise _failed(f"{written / name}", "differs from the base's in more than meta.quantizer")
     for path in sorted(written.iterdir()):
-        if not path.is_file() or path.suffix == ".safetensors" or path.name in CONFIG_FILES:
+        if not path.is_file() or path.suffix == ".safetensors" or path.name in (*CONFIG_FILES, CARD):
             continue
         if not (base / path.name).is_file() or path.read_bytes() != (base / path.name).read_bytes():
             raise _failed(f"{path}", f"is not the file of the base {base}")

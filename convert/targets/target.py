@@ -13,7 +13,7 @@ from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import CheckpointFolder
 
-__all__ = ["EXACT", "ExportReport", "Record", "Source", "Target", "check_fit"]
+__all__ = ["EXACT", "ExportReport", "Record", "Source", "Target", "check_fit", "table_row"]
 
 EXACT = 2.0**-15
 """Steps of the grid up to which a target counts as exact: what float32, in which weights are computed, rounds off."""
@@ -132,6 +132,13 @@ def check_fit(target: Target, model: Decoder) -> None:
             f"--target {target.name}: the model has {'; '.join(lines)}. Use another target; gptq holds every "
             "model that loads."
         )
+
+
+def table_row(target: Target) -> str:
+    """A row of the table of targets, in Markdown: name, what it is, bits, groups, order, offset, exactness, runtimes."""
+    groups = "any" if target.group_sizes is None else _list(target.group_sizes)
+    cells = [f"`{target.name}`", target.title, _list(target.bits), groups, "yes" if target.act_order else "no"]
+    return f"| {' | '.join([*cells, target.offset, target.exact, ', '.join(target.runtimes)])} |"
 
 
 def _misfits(target: Target, weight: QuantizedWeight) -> Iterator[str]:

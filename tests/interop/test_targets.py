@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,6 +31,8 @@ CLIENTS = {
     "mlx": ("mlx",),
     "hf16": ("dense",),
 }
+# Runtimes whose lines run here, by the folder: transformers and GPTQModel, twice; mlx-lm; transformers and mlx-lm.
+CARDS = {"merged": 2, "gptq8": 2, "mlx": 1, "hf16": 2}
 TOLERANCE = TOLERANCES | {"dense": 1e-3, "awq": 0.02, "awq-gptqmodel": 0.03, "mlx": 0.03}
 
 
@@ -141,3 +146,44 @@ def test_client_computes_our_logits(
     if case.base != TRAINED:  # There the base of the export is the merged folder, with the same integers.
         # The check can see integers that were not written: base and merged model are far apart on this scale.
         assert distance(base, held) > 4 * here
+
+
+RUN_BLOCKS = """
+import json, re, sys, traceback
+failed = {}
+for path in sys.argv[1:]:
+    for i, block in enumerate(re.findall("```python\\n(.*?)```", open(path + "/README.md").read(), re.DOTALL)):
+        try:
+            names = {}
+            exec(block, names)
+            assert names["model"] is not None
+        except Exception:
+            failed[f"{path}, block {i}"] = block + traceback.format_exc()
+print(json.dumps(failed))
+"""
+
+
+def test_the_lines_of_the_cards_load_their_folders(tmp_path: Path, client_python: str) -> None:
+    """Those of transformers, GPTQModel and mlx-lm, run as they stand in README.md, from the folder above."""
+    flags = ["--max_steps", "2", "--offset", "reference", "--output_dir", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    base = CheckpointFolder(tmp_path / "run" / "merged")
+    model = convert.load_merged(base.path, progress=False)
+    (tmp_path / "run" / "merged").rename(tmp_path / "merged")
+    base = CheckpointFolder(tmp_path / "merged")
+    for target in ("gptq8", "mlx", "hf16"):
+        given = {"base": base, "target": target, "allow_lossy": True, "progress": False}
+        convert.save_pretrained(model, tmp_path / target, **given)
+    blocks = {name: (tmp_path / name / "README.md").read_text().count("```python") for name in CARDS}
+    assert blocks == CARDS
+    run = subprocess.run(
+        [client_python, "-c", RUN_BLOCKS, *CARDS],
+        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    failed = json.loads(run.stdout.splitlines()[-1])
+    assert not failed, "\n".join(failed.values())

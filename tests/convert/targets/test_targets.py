@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import convert
-from convert.targets.target import EXACT
+from convert.targets.target import EXACT, table_row
 from convert.tensors import named_linears, quantized_weights
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, QuantSpec, merge
@@ -206,3 +206,9 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = load_file(whole / "model.safetensors")
     assert joined.keys() == expected.keys() == where.keys()
     assert all(np.array_equal(joined[name], expected[name]) for name in expected)
+
+
+def test_the_docs_have_the_table_of_targets() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith(tuple(f"| `{name}` |" for name in convert.TARGETS))]
+    assert rows == [table_row(target) for target in convert.TARGETS.values()]
