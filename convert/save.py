@@ -118,7 +118,7 @@ def _refusal(target: Target, name: str, error: float) -> str:
         return f"--target {target.name}: {name} has weights beyond its range. Use another target."
     held = [other.name for other in TARGETS.values() if other.exact == "yes" and other.name != "peft"]
     return (
-        f"--target {target.name}: {name} would be off by up to {error:.4f} steps of its grid (exact: {target.exact}). "
+        f"--target {target.name}: {name} would be off by up to {error:.4f} steps of its grid ({target.exact}). "
         f"Add --allow-lossy to write it all the same, or use one of: {', '.join(held)}."
     )
 

@@ -135,7 +135,7 @@ def check_fit(target: Target, model: Decoder) -> None:
 
 
 def table_row(target: Target) -> str:
-    """A row of the table of targets, in Markdown: name, what it is, bits, groups, order, offset, exactness, runtimes."""
+    """A row of the table of targets, in Markdown: name, title, bits, groups, order, offset, exactness, runtimes."""
     groups = "any" if target.group_sizes is None else _list(target.group_sizes)
     cells = [f"`{target.name}`", target.title, _list(target.bits), groups, "yes" if target.act_order else "no"]
     return f"| {' | '.join([*cells, target.offset, target.exact, ', '.join(target.runtimes)])} |"
