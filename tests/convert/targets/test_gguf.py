@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,42 +23,24 @@ from convert.targets.gguf import head_rows, q4_1_blocks, rope_factors
 from convert.targets.gguf_metadata import read_tokenizer
 from convert.targets.host import HostWeight
 from lotaqaf_jax.errors import ConfigError
-from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, add_adapters, linears, merge
+from lotaqaf_jax.models import Decoder, QuantSpec, linears
 from lotaqaf_jax.models.rope import inverse_frequencies
-from tests.convert.making import checkpoint
-from tests.models.tiny import quantized_decoder, set_random_adapters
+from tests.convert.targets.gguf_making import (
+    LLAMA3,
+    NAMES,
+    changed_tokenizer,
+    config,
+    heads,
+    hugging_face_rows,
+    merged,
+    module_weights,
+    read,
+    split,
+    tensors,
+    tokenizer_folder,
+)
+from tests.models.tiny import quantized_decoder
 from tests.peer import dense_matrix
-
-SIZES = {"vocab_size": 330, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "rms_norm_eps": 3e-6}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 5e5}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 8192}
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def config(model_type: str = "llama", **changes: Any) -> DecoderConfig:
-    return DecoderConfig.from_hf({"model_type": model_type, "tie_word_embeddings": False} | SIZES | changes)
-
-
-def merged(made: DecoderConfig, quant: QuantSpec) -> Decoder:
-    """A model with an offset."""
-    model = add_adapters(quantized_decoder(made, quant), 8, 3.0, "reference")
-    set_random_adapters(model)
-    return merge(model)
-
-
-def tokenizer_folder() -> Path:
-    found = checkpoint("tokenizer")
-    assert found is not None
-    return found
 
 
 def save(model: Decoder, folder: Path, **options: Any) -> convert.ExportReport:
@@ -67,22 +48,8 @@ def save(model: Decoder, folder: Path, **options: Any) -> convert.ExportReport:
     return convert.save_pretrained(model, folder, target="gguf", **options)
 
 
-def read(folder: Path) -> gguf.GGUFReader:
-    return gguf.GGUFReader(folder / "model.gguf")
-
-
-def tensors(folder: Path) -> dict[str, tuple[Kind, np.ndarray]]:
-    """Type and numbers of every tensor, as the package reads them."""
-    return {t.name: (t.tensor_type, gguf.quants.dequantize(t.data, t.tensor_type)) for t in read(folder).tensors}
-
-
 def fields(folder: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in read(folder).fields.items()}
-
-
-def hugging_face_rows(array: np.ndarray, heads: int) -> np.ndarray:
-    """q or k of llama.cpp as Hugging Face has it: of each head, the even outputs before the odd."""
-    return np.concatenate([part for head in np.split(array, heads) for part in (head[0::2], head[1::2])])
 
 
 @settings(max_examples=60, deadline=None)
@@ -128,7 +95,7 @@ def test_every_tensor_of_the_model_is_in_the_file(
     made = config(model_type, tie_word_embeddings=tied, head_dim=32, attention_bias=True)
     model = merged(made, QuantSpec(bits, group_size))
     report = save(model, tmp_path / "out")
-    found = tensors(tmp_path / "out")
+    found, weights = tensors(tmp_path / "out"), module_weights(tmp_path / "out", model)
 
     def take(name: str, kind: Kind) -> np.ndarray:
         assert found[name][0] == kind, name
@@ -138,17 +105,14 @@ def test_every_tensor_of_the_model_is_in_the_file(
     for names, linear in linears(model):
         for i, name in enumerate(names):
             layer, _, part = name.removeprefix("model.layers.").partition(".")
-            values = take(f"blk.{layer}.{NAMES[part]}.weight", Kind.Q4_1)
-            bias = None if linear.bias is None else take(f"blk.{layer}.{NAMES[part]}.bias", Kind.F32)
-            if model_type == "llama" and part[-6:] in ("q_proj", "k_proj"):
-                heads = 4 if part.endswith("q_proj") else 2
-                values = hugging_face_rows(values, heads)
-                bias = bias if bias is None else hugging_face_rows(bias, heads)
-            weight = linear.packed
+            take(f"blk.{layer}.{NAMES[part]}.weight", Kind.Q4_1)
+            weight, values = linear.packed, weights[name]
             group = np.arange(weight.shape[0]) // (group_size if group_size > 0 else weight.shape[0])
             step = np.asarray(weight.scales[i], np.float64)[group]
             errors[name] = float(np.max(np.abs(values - dense_matrix(linear, i).astype(np.float64)).T / step))
-            if bias is not None:
+            if linear.bias is not None:
+                bias = take(f"blk.{layer}.{NAMES[part]}.bias", Kind.F32)
+                bias = hugging_face_rows(bias, heads(made, part)) if heads(made, part) else bias
                 np.testing.assert_array_equal(bias, linear.bias.get_value()[i])
     assert report.errors == pytest.approx(errors, abs=2e-5)
     assert 1e-4 < report.largest[1] < 2.0**-11 * 2**bits
@@ -206,7 +170,7 @@ def test_sizes_and_constants(tmp_path: Path) -> None:
 
 
 def test_scaled_frequencies_are_a_tensor(tmp_path: Path) -> None:
-    """llama.cpp divides by it. A pair that turns often in 8192 positions, by 1; less than once, by 8; between, between."""
+    """llama.cpp divides by it: pairs that turn often in 8192 positions by 1, less than once by 8, others between."""
     made = config(rope_parameters={"rope_theta": 5e5} | LLAMA3, head_dim=32)
     save(quantized_decoder(made, QuantSpec(4, 32)), tmp_path / "out")
     kind, factors = tensors(tmp_path / "out")["rope_freqs.weight"]
@@ -282,23 +246,6 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"pip install 'lotaqaf_jax\[export\]'"):
         save(quantized_decoder(config(), QuantSpec(4, 32)), tmp_path / "out")
-
-
-def changed_tokenizer(folder: Path, **changes: Any) -> Path:
-    """The tiny models' tokenizer with other parts."""
-    shutil.copytree(tokenizer_folder(), folder)
-    said = json.loads((folder / "tokenizer.json").read_text())
-    model = changes.pop("model", {})
-    (folder / "tokenizer.json").write_text(json.dumps(said | changes | {"model": said["model"] | model}))
-    return folder
-
-
-def split(digits: str, use_regex: bool = False) -> dict[str, Any]:
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
-    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    first = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    return {"type": "Sequence", "pretokenizers": [first, level]}
 
 
 def test_tokenizer(tmp_path: Path) -> None:
