@@ -146,6 +146,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, folder: Path 
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types([gguf.TokenType[kind] for kind in tokenizer.types])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokenizer.tokens))
+    # llama.cpp puts BOS before every text of the kind "llama-bpe" unless the file says not to; tokenizer.json says it.
+    special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 
 

@@ -273,6 +273,21 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert found["tokenizer.chat_template"] == "{{ messages }}"
 
 
+def bos_template() -> dict[str, Any]:
+    text: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
+    bos: dict[str, Any] = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    return {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text, text], "special_tokens": special}
+
+
+@pytest.mark.parametrize(("changes", "added"), [({}, False), ({"post_processor": bos_template()}, True)])
+def test_bos_is_added_where_the_tokenizer_adds_it(changes: dict[str, Any], added: bool, tmp_path: Path) -> None:
+    """llama.cpp adds it to every text in words of Llama 3, unless the file says not to."""
+    folder = changed_tokenizer(tmp_path / "tokenizer", pre_tokenizer=split(r"\p{N}{1,3}"), **changes)
+    save(quantized_decoder(config(), QuantSpec(4, 32)), tmp_path / "out", tokenizer_from=folder)
+    assert fields(tmp_path / "out")["tokenizer.ggml.add_bos_token"] is added
+
+
 @pytest.mark.parametrize(("digits", "name"), [(r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2")])
 def test_how_text_is_cut_goes_by_name(digits: str, name: str, tmp_path: Path) -> None:
     folder = changed_tokenizer(tmp_path / "tokenizer", pre_tokenizer=split(digits), normalizer={"type": "NFC"})
