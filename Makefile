@@ -51,7 +51,7 @@ $(INTEROP_VENV)/.installed: constraints-interop.txt $(VENV)/bin/python
 	$(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt torch numpy
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
-		'gptqmodel==7.6.0' peft optimum transformers
+		'gptqmodel==7.6.0' peft optimum transformers gguf
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Formats that a merged model is exported to, one module each."""
 
 from convert.targets.awq import AWQ
+from convert.targets.gguf import GGUF
 from convert.targets.gptq import GPTQ
 from convert.targets.gptq8 import GPTQ8
 from convert.targets.hf16 import HF16
@@ -10,5 +11,5 @@ from convert.targets.target import EXACT, ExportReport, Source, Target, check_fi
 
 __all__ = ["EXACT", "TARGETS", "ExportReport", "Source", "Target", "check_fit"]
 
-TARGETS = {target.name: target for target in (GPTQ, GPTQ8, PEFT, MLX, AWQ, HF16)}
+TARGETS = {target.name: target for target in (GPTQ, GPTQ8, PEFT, MLX, AWQ, GGUF, HF16)}
 """By the name that --target takes."""
