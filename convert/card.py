@@ -143,7 +143,9 @@ def _transformers(kind: str, bits: int | None, name: str, offset: str | None) ->
         imports += f", {exact[0]}"
         more = f', quantization_config={exact[0]}(bits={bits}, backend="{exact[1]}")'
     elif kind == "gguf":
-        more = ', gguf_file="model.gguf"'
+        # Without config.json it leaves out rope factors and Llama's biases.
+        imports = f"AutoConfig, {imports}"
+        more = f', gguf_file="model.gguf", config=AutoConfig.from_pretrained("{name}")'
     lines = [f"from transformers import {imports}", f'model = AutoModelForCausalLM.from_pretrained("{name}"{more})']
     if offset:
         lines = ["from peft import PeftModel", *lines, f'model = PeftModel.from_pretrained(model, "{offset}")']

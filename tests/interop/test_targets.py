@@ -31,8 +31,8 @@ CLIENTS = {
     "mlx": ("mlx",),
     "hf16": ("dense",),
 }
-# Runtimes whose lines run here, by the folder: transformers and GPTQModel, twice; mlx-lm; transformers and mlx-lm.
-CARDS = {"merged": 2, "gptq8": 2, "mlx": 1, "hf16": 2}
+# Runtimes whose lines run here, by the folder: transformers and GPTQModel, twice; mlx-lm; transformers; the last two.
+CARDS = {"merged": 2, "gptq8": 2, "mlx": 1, "gguf": 1, "hf16": 2}
 TOLERANCE = TOLERANCES | {"dense": 1e-3, "awq": 0.02, "awq-gptqmodel": 0.03, "mlx": 0.03}
 
 
@@ -171,7 +171,7 @@ def test_the_lines_of_the_cards_load_their_folders(tmp_path: Path, client_python
     model = convert.load_merged(base.path, progress=False)
     (tmp_path / "run" / "merged").rename(tmp_path / "merged")
     base = CheckpointFolder(tmp_path / "merged")
-    for target in ("gptq8", "mlx", "hf16"):
+    for target in ("gptq8", "mlx", "gguf", "hf16"):
         given = {"base": base, "target": target, "allow_lossy": True, "progress": False}
         convert.save_pretrained(model, tmp_path / target, **given)
     blocks = {name: (tmp_path / name / "README.md").read_text().count("```python") for name in CARDS}
