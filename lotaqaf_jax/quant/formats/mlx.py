@@ -35,6 +35,7 @@ __all__ = ["LARGEST_RESIDUAL", "dequantize", "read_config", "to_gptq", "view", "
 
 LARGEST_RESIDUAL = 1 / 16
 """In steps of the grid."""
+_WORTH_SAYING = 1e-4
 _EMBEDDING = "model.embed_tokens"
 _ROWS = 1024  # of an embedding, dequantised at once
 
@@ -189,7 +190,7 @@ class _Worst:
 
     def notes(self) -> tuple[str, ...]:
         found = []
-        if self.residual:
+        if self.residual > _WORTH_SAYING:
             found.append(
                 f"MLX's biases are not whole multiples of the scales: zero points are rounded to integers, by up to "
                 f"{self.residual:.2g} of a step (in {self.name}). Logits differ from MLX's by that."
