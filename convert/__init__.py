@@ -12,15 +12,21 @@ from convert.hf import write_checkpoint
 from convert.imported import import_checkpoint, load_imported
 from convert.merged import load_merged
 from convert.quantize import LayerError, QuantizeReport, quantize
-from convert.save import TARGETS, merge_and_save, save_pretrained
+from convert.runtimes import RUNTIMES, Verdict, check_runtime
+from convert.save import merge_and_save, save_pretrained
+from convert.targets import TARGETS, ExportReport
 from convert.verify import ModuleReport, Report, verify
 
 __all__ = [
+    "RUNTIMES",
     "TARGETS",
+    "ExportReport",
     "LayerError",
     "ModuleReport",
     "QuantizeReport",
     "Report",
+    "Verdict",
+    "check_runtime",
     "export_gptq",
     "fingerprint",
     "import_checkpoint",

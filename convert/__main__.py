@@ -1,4 +1,4 @@
-"""``python -m convert``: quantize, import, merge, export and verify from the shell."""
+"""``python -m convert``: quantize, import, merge, export, verify and check from the shell."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lotaqaf_jax.errors import LotaError
 
 if TYPE_CHECKING:
+    from convert.targets import ExportReport
     from convert.verify import Report
     from lotaqaf_jax.quant.folder import CheckpointFolder
 
@@ -39,11 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     _model(merge)
     merge.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="adapter folder (required)")
     _output(merge)
-    _target(merge)
+    merge.add_argument(
+        "--target", default="gptq", metavar="NAME", help="gptq; `export` writes the others (default: gptq)"
+    )
     _report(merge)
 
     export = commands.add_parser(
-        "export", help="an imported or merged model -> Hugging Face folder", description=export_command.__doc__
+        "export",
+        help="a model, with an adapter or without -> a folder for a runtime",
+        description=export_command.__doc__,
     )
     export.add_argument(
         "--model",
@@ -55,7 +60,20 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", type=Path, metavar="FOLDER", help="adapter folder to merge on the way (default: none)"
     )
     _output(export)
-    _target(export)
+    export.add_argument(
+        "--target",
+        default="gptq",
+        metavar="NAME",
+        help="format to write, docs/export.md has them in a table (default: gptq)",
+    )
+    export.add_argument(
+        "--allow-lossy",
+        action="store_true",
+        help="write what the target cannot hold exactly too, and say how far it is off (default: refuse)",
+    )
+    export.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the report as JSON to this file (default: print it only)"
+    )
 
     verify = commands.add_parser(
         "verify", help="check a merged folder against its base and adapter", description=verify_command.__doc__
@@ -69,6 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         help="adapter folder; without it logits are not compared (default: none)",
     )
     _report(verify)
+
+    check = commands.add_parser(
+        "check", help="say whether a runtime loads a folder, or why not", description=check_command.__doc__
+    )
+    check.add_argument("folder", type=Path, metavar="DIR", help="model folder (required)")
+    check.add_argument(
+        "--runtime",
+        required=True,
+        metavar="NAME",
+        help="vllm, sglang, transformers, gptqmodel, mlx or llama.cpp (required)",
+    )
 
     imported = commands.add_parser(
         "import", help="GPTQ folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
@@ -85,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command.add_argument("--quiet", action="store_true", help="show no progress bars (default: show them)")
         command.set_defaults(run=run)
+    check.set_defaults(run=check_command)
     return parser
 
 
@@ -163,10 +193,6 @@ def _output(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _target(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", default="gptq", metavar="NAME", help="format to write: gptq (default: gptq)")
-
-
 def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the tokens to compare on (default: 0)"
@@ -208,10 +234,12 @@ def merge_command(args: argparse.Namespace) -> None:
     LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does it appear."""
     from convert.adapter import load_adapter
     from convert.save import check_target, merge_and_save
+    from lotaqaf_jax.errors import ConfigError
     from lotaqaf_jax.models.loading import load_decoder
     from lotaqaf_jax.models.pretrained import default_dtype
 
-    check_target(args.target)
+    if check_target(args.target).name != "gptq":
+        raise ConfigError(f"--target: merge writes gptq. `python -m convert export` writes {args.target}.")
     base = _base(args.model)
     model = load_decoder(base, default_dtype(), progress=not args.quiet)
     model = load_adapter(model, args.adapter, base=base, progress=not args.quiet)
@@ -219,7 +247,6 @@ def merge_command(args: argparse.Namespace) -> None:
         model,
         args.output,
         base=base,
-        target=args.target,
         seed=args.seed,
         overwrite=args.overwrite,
         progress=not args.quiet,
@@ -239,6 +266,16 @@ def verify_command(args: argparse.Namespace) -> None:
     print(f"verified: {args.merged}")
 
 
+def check_command(args: argparse.Namespace) -> int:
+    """Say, by the loader's rules and without loading weights, whether a runtime loads a model folder and computes it
+    right: yes, with the flags it needs, or no, with every reason; and which export targets load. Status 0 is yes."""
+    from convert.runtimes import check_runtime
+
+    verdict = check_runtime(args.folder, args.runtime)
+    print(verdict)
+    return 0 if verdict.loads else 2
+
+
 def import_command(args: argparse.Namespace) -> None:
     """Bring a GPTQ folder into Flax: an Orbax checkpoint of the packed state, with config and tokenizer beside. Words
     stay packed; `export` writes the same GPTQ tensors again."""
@@ -249,44 +286,43 @@ def import_command(args: argparse.Namespace) -> None:
 
 
 def export_command(args: argparse.Namespace) -> None:
-    """Write a model as a Hugging Face folder. --model is what `import` wrote, or a GPTQ folder; with --adapter it must
-    be the GPTQ folder that the adapter was trained on, and the result is that of `merge`."""
+    """Write a model in the format of a runtime. --model is what `import` wrote, or a GPTQ folder, with the offsets that
+    lie beside it; with --adapter it must be the GPTQ folder that the adapter was trained on. What is written is decoded
+    and compared; a target that would lose something refuses without --allow-lossy."""
+    from convert.adapter import load_adapter
     from convert.imported import is_imported, load_imported
+    from convert.merged import load_merged
     from convert.save import check_target, save_pretrained
     from lotaqaf_jax.errors import ConfigError
+    from lotaqaf_jax.models import merge
     from lotaqaf_jax.models.loading import load_decoder
     from lotaqaf_jax.models.pretrained import default_dtype
-    from lotaqaf_jax.quant.folder import read_json
 
     check_target(args.target)
-    imported = is_imported(args.model)
-    if args.adapter is not None:
-        if imported:
-            raise ConfigError(
-                f"--adapter: {args.model} is an imported model; an adapter is merged into the GPTQ folder that it was "
-                "trained on. Pass that folder as --model."
-            )
-        args.seed, args.report = 0, None
-        merge_command(args)
-        return
+    imported, progress = is_imported(args.model), not args.quiet
+    if args.adapter is not None and imported:
+        raise ConfigError(
+            f"--adapter: {args.model} is an imported model; an adapter is merged into the GPTQ folder that it was "
+            "trained on. Pass that folder as --model."
+        )
+    from_: dict[str, Any] = {"tokenizer_from": args.model} if imported else {"base": _base(args.model)}
     if imported:
-        from convert.hf import write_checkpoint
-
         model = load_imported(args.model)
-        write_checkpoint(
-            model,
-            args.output,
-            config=read_json(Path(args.model) / "config.json"),
-            tokenizer_from=args.model,
-            overwrite=args.overwrite,
-            progress=not args.quiet,
-        )
+    elif args.adapter is not None:
+        adapted = load_decoder(from_["base"], default_dtype(), progress=progress)
+        model = merge(load_adapter(adapted, args.adapter, base=from_["base"], progress=progress))
     else:
-        base = _base(args.model)
-        model = load_decoder(base, default_dtype(), progress=not args.quiet)
-        save_pretrained(
-            model, args.output, base=base, target=args.target, overwrite=args.overwrite, progress=not args.quiet
-        )
+        model = load_merged(from_["base"].path, progress=progress)
+    report = save_pretrained(
+        model,
+        args.output,
+        **from_,
+        target=args.target,
+        allow_lossy=args.allow_lossy,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    _show(report, args.report)
     print(f"model written to {args.output}")
 
 
@@ -297,7 +333,7 @@ def _base(name: str) -> CheckpointFolder:
     return CheckpointFolder(local_folder(name))
 
 
-def _show(report: Report, path: Path | None) -> None:
+def _show(report: Report | ExportReport, path: Path | None) -> None:
     print(report)
     if path is not None:
         from convert.writing import write_json
@@ -309,14 +345,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except LotaError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

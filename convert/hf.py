@@ -16,10 +16,11 @@ from convert.tensors import HFTensor, hf_tensors
 from convert.writing import new_folder, write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.parallel.processes import is_main
 from lotaqaf_jax.quant.config import QuantizationConfig
 from lotaqaf_jax.quant.folder import INDEX
 
-__all__ = ["copy_companions", "write_checkpoint"]
+__all__ = ["SHARD_BYTES", "checkpoint_bytes", "copy_companions", "fill_checkpoint", "write_checkpoint"]
 
 SHARD_BYTES = 5 * 10**9
 
@@ -89,20 +90,49 @@ def write_checkpoint(
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise CheckpointError(f"tokenizer_from: {tokenizer_from}: no such folder. Pass one with tokenizer.json in it.")
     written = complete_config(model, config)
-    said = written.get("quantization_config")
+    source = None if tokenizer_from is None else Path(tokenizer_from)
+    sources = [] if source is None else [source]
+    with new_folder(directory, overwrite=overwrite, needed=checkpoint_bytes(model), sources=sources) as folder:
+        fill_checkpoint(
+            model, folder, config=written, tokenizer_from=source, model_name=str(directory), progress=progress
+        )
+
+
+def checkpoint_bytes(model: Decoder) -> int:
+    """Bytes that :func:`write_checkpoint` writes, configs and tokenizer aside."""
+    return sum(tensor.nbytes for tensor in hf_tensors(model)) + offset_bytes(model)
+
+
+def fill_checkpoint(
+    model: Decoder,
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tokenizer_from: Path | None,
+    model_name: str,
+    progress: bool = True,
+) -> None:
+    """The files of :func:`write_checkpoint`, into an empty folder.
+
+    Args:
+        model: the decoder.
+        folder: an empty folder.
+        config: the whole config.json.
+        tokenizer_from: where tokenizer, generation and template files are.
+        model_name: where the folder will be, for the config of the offset adapter.
+        progress: show a progress bar when it takes longer than a second.
+    """
+    said = config.get("quantization_config")
     form = None if said is None else QuantizationConfig.from_hf(said).checkpoint_format
-    tensors = list(hf_tensors(model, form))
-    total = sum(tensor.nbytes for tensor in tensors) + offset_bytes(model)
-    sources = [] if tokenizer_from is None else [Path(tokenizer_from)]
-    with new_folder(directory, overwrite=overwrite, needed=total, sources=sources) as folder:
+    if is_main():
         if tokenizer_from is not None:
-            copy_companions(Path(tokenizer_from), folder, skip=("config.json", "quantize_config.json"))
-        write_json(folder / "config.json", written)
+            copy_companions(tokenizer_from, folder, skip=("config.json", "quantize_config.json"))
+        write_json(folder / "config.json", config)
         if said is not None:
             write_json(folder / "quantize_config.json", said)
-        _write_shards(folder, tensors, progress)
-        if has_offsets(model):
-            write_offsets(model, folder / OFFSET_FOLDER, model_name=str(directory))
+    _write_shards(folder, list(hf_tensors(model, form)), progress)
+    if has_offsets(model):
+        write_offsets(model, folder / OFFSET_FOLDER, model_name=model_name)
 
 
 def _write_shards(folder: Path, tensors: list[HFTensor], progress: bool) -> None:

@@ -39,7 +39,16 @@ from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import TensorEntry, read_header
 from lotaqaf_jax.quant.weight import trivial_g_idx
 
-__all__ = ["OFFSET_FILE", "OFFSET_FOLDER", "apply_offsets", "has_offsets", "lora_pair", "offset_bytes", "write_offsets"]
+__all__ = [
+    "OFFSET_FILE",
+    "OFFSET_FOLDER",
+    "apply_offsets",
+    "fill_offsets",
+    "has_offsets",
+    "lora_pair",
+    "offset_bytes",
+    "write_offsets",
+]
 
 OFFSET_FOLDER = "offset_adapter"
 OFFSET_FILE = "lota_offset.safetensors"
@@ -98,6 +107,11 @@ def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any =
     """
     if is_main():
         folder.mkdir()
+    fill_offsets(model, folder, model_name=model_name, dtype=dtype)
+
+
+def fill_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any = np.float32) -> None:
+    """The files of :func:`write_offsets`, into a folder that is there."""
     ranks = _ranks(model)
     lora: dict[str, tuple[Any, tuple[int, ...]]] = {}
     exact: dict[str, tuple[Any, tuple[int, ...]]] = {}

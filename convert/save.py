@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
-from convert.gptq import export_gptq, fill_gptq
-from convert.hf import write_checkpoint
+from convert.gptq import fill_gptq
+from convert.hf_config import complete_config
 from convert.offset import offset_bytes
+from convert.targets import EXACT, TARGETS, ExportReport, Source, Target, check_fit
+from convert.tensors import refuse_adapters
 from convert.verify import Report, verify
 from convert.writing import new_folder
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, merge
 from lotaqaf_jax.parallel.processes import barrier
-from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.quant.folder import CheckpointFolder, read_json
 
-__all__ = ["TARGETS", "check_target", "merge_and_save", "save_pretrained"]
-
-TARGETS = ("gptq",)
+__all__ = ["check_target", "merge_and_save", "save_pretrained"]
 
 
-def check_target(target: str) -> None:
-    """Refuse an export target that is not known.
+def check_target(target: str) -> Target:
+    """The export target of that name.
 
     Raises:
-        ConfigError: names those that are.
+        ConfigError: there is none; names those that there are.
     """
     if target not in TARGETS:
         raise ConfigError(f"--target: found {target!r}, expected one of {', '.join(TARGETS)}.")
+    return TARGETS[target]
 
 
 def save_pretrained(
@@ -37,34 +39,74 @@ def save_pretrained(
     *,
     base: CheckpointFolder | str | Path | None = None,
     target: str = "gptq",
+    allow_lossy: bool = False,
+    tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
-) -> None:
+) -> ExportReport:
     """Write a merged model as a folder that other people's software loads.
 
-    With ``base``, the folder is the base's with only ``qweight`` changed (:func:`convert.export_gptq`); without one, a
-    whole checkpoint is written from the model alone (:func:`convert.write_checkpoint`), with neither tokenizer nor
-    generation files.
+    With ``base``, target "gptq" is the base's folder with only ``qweight`` changed (:func:`convert.export_gptq`);
+    without one, a whole checkpoint made from the model alone. The other targets hold the same weights in another form
+    (docs/export.md has them in one table). What is written is decoded again and compared with the model, weight by
+    weight in float64: a target that is off by more than 2**-15 of a step of the grid is refused, and nothing written,
+    unless ``allow_lossy``.
 
     Args:
         model: the decoder, its adapters merged.
         directory: the folder to write.
-        base: the checkpoint that the model was loaded from.
-        target: the format; "gptq".
+        base: the checkpoint that the model was loaded from; tokenizer and generation files are copied from it.
+        target: a name of :data:`convert.TARGETS`.
+        allow_lossy: write what the target cannot hold exactly, too.
+        tokenizer_from: in place of ``base``, a folder whose config.json, tokenizer and generation files are taken.
         overwrite: replace a checkpoint that is there.
         progress: show progress bars when it takes longer than a second.
 
+    Returns:
+        The largest error of every quantised module.
+
     Raises:
-        ConfigError: unknown target, adapters that are not merged, or a folder that is not empty.
+        ConfigError: unknown target, one that has no room for the model or would lose something, adapters that are not
+            merged, or a folder that is not empty.
         CheckpointError: the model does not come from ``base``.
         OutputError: the folder cannot be written.
     """
-    check_target(target)
-    if base is None:
-        write_checkpoint(model, directory, overwrite=overwrite, progress=progress)
-        return
-    folder = base if isinstance(base, CheckpointFolder) else CheckpointFolder(base)
-    export_gptq(model, folder, directory, overwrite=overwrite, progress=progress)
+    chosen = check_target(target)
+    refuse_adapters(model)
+    check_fit(chosen, model)
+    source = _source(model, directory, base, tokenizer_from)
+    errors: dict[str, float] = {}
+
+    def record(name: str, error: float) -> None:
+        errors[name] = error
+        if error > EXACT and not (allow_lossy and math.isfinite(error)):
+            raise ConfigError(_refusal(chosen, name, error))
+
+    sources = [] if source.folder is None else [source.folder]
+    with new_folder(directory, overwrite=overwrite, needed=chosen.size(model, source), sources=sources) as folder:
+        chosen.write(model, source, folder, record, progress)
+    return ExportReport(target, errors)
+
+
+def _source(
+    model: Decoder, directory: str | Path, base: CheckpointFolder | str | Path | None, tokenizer_from: str | Path | None
+) -> Source:
+    if base is not None:
+        opened = base if isinstance(base, CheckpointFolder) else CheckpointFolder(base)
+        return Source(opened, opened.config, opened.path, str(directory))
+    folder = None if tokenizer_from is None else Path(tokenizer_from)
+    said = read_json(folder / "config.json") if folder is not None and (folder / "config.json").is_file() else None
+    return Source(None, complete_config(model, said), folder, str(directory))
+
+
+def _refusal(target: Target, name: str, error: float) -> str:
+    if not math.isfinite(error):
+        return f"--target {target.name}: {name} has weights beyond its range. Use another target."
+    held = [other.name for other in TARGETS.values() if other.exact == "yes" and other.name != "peft"]
+    return (
+        f"--target {target.name}: {name} would be off by up to {error:.4f} steps of its grid (exact: {target.exact}). "
+        f"Add --allow-lossy to write it all the same, or use one of: {', '.join(held)}."
+    )
 
 
 def merge_and_save(
@@ -72,19 +114,17 @@ def merge_and_save(
     directory: str | Path,
     *,
     base: CheckpointFolder,
-    target: str = "gptq",
     input_ids: np.ndarray | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Merge, write and verify; the folder appears at ``directory`` only if every check passes.
+    """Merge, write as GPTQ and verify; the folder appears at ``directory`` only if every check passes.
 
     Args:
         model: the adapter model, loaded from ``base``.
         directory: the folder to write.
         base: the checkpoint.
-        target: the format; "gptq".
         input_ids: (batch, length) tokens to compare logits on; None for random ones.
         seed: seed of the random ones.
         overwrite: replace a checkpoint that is there.
@@ -97,7 +137,6 @@ def merge_and_save(
         VerificationError: a check failed; nothing is left at ``directory``.
         ConfigError, CheckpointError, OutputError: as :func:`save_pretrained`.
     """
-    check_target(target)
     merged = merge(model)
     needed = base.nbytes + offset_bytes(merged)
     with new_folder(directory, overwrite=overwrite, needed=needed, sources=[base.path]) as folder:

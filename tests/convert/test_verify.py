@@ -154,3 +154,11 @@ def test_a_failed_proof_leaves_nothing(
     with pytest.raises(VerificationError):
         convert.merge_and_save(model, tmp_path / "merged", base=base, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_software_is_told_what_to_load(exported: tuple[Path, Report]) -> None:
+    """An asymmetric act-order folder with mu beside it: by the rules of other loaders."""
+    vllm = convert.check_runtime(exported[0], "vllm")
+    assert len(vllm.reasons) == 2
+    assert vllm.targets == ("hf16",)
+    assert convert.check_runtime(exported[0], "transformers").targets == ("gptq", "gptq8", "peft", "hf16")

@@ -4,7 +4,8 @@
 
 A job: {"kind", "folder", "adapter" or null, "bits", "input_ids" (.npy), "output" (.npy)}. kind "transformers": float32,
 GPTQModel's exact torch kernel, the adapter by PEFT. kind "dense": the same of a 16-bit model. kind "gptqmodel":
-GPTQModel's own loader and adapters, float16.
+GPTQModel's own loader and adapters, float16. kinds "awq" and "awq-gptqmodel": the two of an AWQ model, with the exact
+kernel for that. kind "mlx": mlx-lm on the CPU.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import torch
 
 def with_transformers(job: dict[str, Any]) -> Any:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, GPTQConfig
+    from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    quantized = {"quantization_config": GPTQConfig(bits=job["bits"], backend="gptq_torch")}
+    kinds = {
+        "dense": {},
+        "awq": {"quantization_config": AwqConfig(bits=job["bits"], backend="torch_awq")},
+        "transformers": {"quantization_config": GPTQConfig(bits=job["bits"], backend="gptq_torch")},
+    }
     model = AutoModelForCausalLM.from_pretrained(
         job["folder"],
         dtype=torch.float32,
         device_map="cpu",
-        **({} if job["kind"] == "dense" else quantized),
+        **kinds[job["kind"]],
     )
     if job["adapter"] is not None:
         model = PeftModel.from_pretrained(model, job["adapter"])
@@ -39,9 +44,26 @@ def with_gptqmodel(job: dict[str, Any]) -> Any:
     from gptqmodel.adapter.adapter import Lora
 
     adapter = None if job["adapter"] is None else Lora(rank=None, path=job["adapter"])
-    return GPTQModel.load(
-        job["folder"], backend=BACKEND.GPTQ_TORCH, dtype=torch.float16, device="cpu", adapter=adapter
-    ).model
+    backend = BACKEND.AWQ_TORCH if job["kind"].startswith("awq") else BACKEND.GPTQ_TORCH
+    return GPTQModel.load(job["folder"], backend=backend, dtype=torch.float16, device="cpu", adapter=adapter).model
+
+
+def logits_by_mlx(job: dict[str, Any]) -> np.ndarray:
+    from pathlib import Path
+
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(Path(job["folder"]))
+    return np.array(model(mx.array(np.load(job["input_ids"]))).astype(mx.float32))
+
+
+def logits_by_torch(job: dict[str, Any]) -> np.ndarray:
+    model = (with_gptqmodel if job["kind"].endswith("gptqmodel") else with_transformers)(job)
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(np.load(job["input_ids"])).long()).logits
+    return logits.float().numpy()
 
 
 def main() -> None:
@@ -50,11 +72,7 @@ def main() -> None:
     failed = {}
     for job in jobs:
         try:
-            model = (with_gptqmodel if job["kind"] == "gptqmodel" else with_transformers)(job)
-            model.eval()
-            with torch.no_grad():
-                logits = model(input_ids=torch.from_numpy(np.load(job["input_ids"])).long()).logits
-            np.save(job["output"], logits.float().numpy())
+            np.save(job["output"], (logits_by_mlx if job["kind"] == "mlx" else logits_by_torch)(job))
         except Exception:
             failed[job["output"]] = traceback.format_exc()
     with open(sys.argv[1] + ".failed", "w", encoding="utf-8") as file:

@@ -137,6 +137,23 @@ def client_python() -> str:
     return python
 
 
+def run_client(python: str, jobs: list[dict[str, object]], root: Path) -> dict[str, np.ndarray | str]:
+    """Let the client do all jobs (see client.py); its logits, or what it said, by the job's output."""
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    run = subprocess.run(
+        [python, str(CLIENT), str(root / "jobs.json")],
+        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    failed = json.loads((root / "jobs.json.failed").read_text())
+    outputs = [str(job["output"]) for job in jobs]
+    return {output: failed[output] if output in failed else np.load(output) for output in outputs}
+
+
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict[str, Opened]:
     root = tmp_path_factory.mktemp("interop")
@@ -216,21 +233,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
         ours[name] |= {"merged": np.asarray(lotaqaf_jax.load_pretrained(root / name, progress=False)(ids))}
         ask(name, "merged", options["bits"], root / name, root / f"{name}.ids.npy", ("transformers", "gptqmodel"))
 
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [client_python, str(CLIENT), str(root / "jobs.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=root,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    failed = json.loads((root / "jobs.json.failed").read_text())
+    results = run_client(client_python, jobs, root)
     theirs: dict[str, dict[tuple[str, str], np.ndarray | str]] = {}
     for output, (case_name, what, kind) in keys.items():
-        result = failed[output] if output in failed else np.load(output)
-        theirs.setdefault(case_name, {})[what, kind] = result
+        theirs.setdefault(case_name, {})[what, kind] = results[output]
     of_base = {case.name: theirs.get(case.folder, {}) for case in CASES}
     return {name: Opened(ours[name], of_base.get(name, {}) | theirs[name]) for name in ours}

@@ -1,0 +1,156 @@
+"""What an export target is, what it can hold, and what writing to it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.tensors import named_linears
+from lotaqaf_jax.errors import ConfigError
+from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant.folder import CheckpointFolder
+
+__all__ = ["EXACT", "ExportReport", "Record", "Source", "Target", "check_fit"]
+
+EXACT = 2.0**-15
+"""Steps of the grid up to which a target counts as exact: what float32, in which weights are computed, rounds off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What goes into an exported folder beside the weights.
+
+    Attributes:
+        base: the checkpoint that the model was loaded from, if it is known.
+        config: config.json of the model.
+        folder: where tokenizer, template, generation and licence files are copied from; None for none.
+        name: what an adapter's config calls the exported model: where its folder will be.
+    """
+
+    base: CheckpointFolder | None
+    config: Mapping[str, Any]
+    folder: Path | None
+    name: str
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """config.json without what it says of its quantisation."""
+        return {key: value for key, value in self.config.items() if key not in ("quantization_config", "quantization")}
+
+
+Record = Callable[[str, float], None]
+"""Told of every quantised module and the largest error of its written weight, in steps; raises to refuse it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A format to export to.
+
+    Attributes:
+        name: as --target says it.
+        title: what it is, in a few words.
+        bits: widths that it holds.
+        group_sizes: rows of a group that it holds, -1 standing for one group; None for any.
+        act_order: whether groups may be scattered.
+        partial: whether the last group may be shorter than the others.
+        multiple: of what the outputs of a weight have to be a multiple.
+        offset: where mu goes.
+        exact: when it is exact, and how far it is off where it is not.
+        runtimes: what loads it.
+        size: (model, source): bytes that it takes.
+        write: (model, source, folder, record, progress): writes the files into an empty folder.
+    """
+
+    name: str
+    title: str
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] | None
+    act_order: bool
+    partial: bool
+    multiple: int
+    offset: str
+    exact: str
+    runtimes: tuple[str, ...]
+    size: Callable[[Decoder, Source], int]
+    write: Callable[[Decoder, Source, Path, Record, bool], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        target: its name.
+        errors: the largest error of every quantised module, in steps of its grid.
+    """
+
+    target: str
+    errors: Mapping[str, float]
+
+    @property
+    def largest(self) -> tuple[str, float]:
+        """The module with the largest error, and that; ("", 0) for a model without quantised modules."""
+        return max(self.errors.items(), key=lambda item: item[1], default=("", 0.0))
+
+    @property
+    def exact(self) -> bool:
+        """Whether every weight is the model's, up to rounding in float32."""
+        return self.largest[1] <= EXACT
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {"target": self.target, "exact": self.exact, "largest_error_steps": self.largest[1]} | {
+            "errors_steps": dict(self.errors)
+        }
+
+    def __str__(self) -> str:
+        name, error = self.largest
+        if self.exact:
+            return (
+                f"target       {self.target}: exact, all {len(self.errors)} quantised modules (error {error:.1e} steps)"
+            )
+        return f"target       {self.target}: largest error {error:.4f} steps of the grid, in {name}"
+
+
+def check_fit(target: Target, model: Decoder) -> None:
+    """Refuse a model that the target has no room for.
+
+    Raises:
+        ConfigError: names the modules that do not fit, and why.
+    """
+    found: dict[str, list[str]] = {}
+    for name, linear, _ in named_linears(model):
+        if linear.is_quantized:
+            for why in _misfits(target, linear.packed):
+                found.setdefault(why, []).append(name)
+    if found:
+        lines = [f"{why} ({_first(names)})" for why, names in found.items()]
+        raise ConfigError(
+            f"--target {target.name}: the model has {'; '.join(lines)}. Use another target; gptq holds every "
+            "model that loads."
+        )
+
+
+def _misfits(target: Target, weight: QuantizedWeight) -> Iterator[str]:
+    if weight.bits not in target.bits:
+        yield f"{weight.bits} bit, it holds {_list(target.bits)}"
+    if target.group_sizes is not None and weight.group_size not in target.group_sizes:
+        yield f"groups of {weight.group_size} rows, it holds {_list(target.group_sizes)}"
+    if weight.g_idx is not None and not target.act_order:
+        yield "act-order (the rows of a group lie anywhere), it holds groups of consecutive rows"
+    n_in, n_out = weight.shape
+    if not target.partial and weight.group_size != -1 and n_in % weight.group_size:
+        yield f"{n_in} inputs, it holds whole groups of {weight.group_size}"
+    if n_out % target.multiple:
+        yield f"{n_out} outputs, it holds multiples of {target.multiple}"
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))

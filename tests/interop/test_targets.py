@@ -1,0 +1,143 @@
+"""What `convert export` writes loads in the software that it is for, and computes there what it computes here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+import train
+from lotaqaf_jax.models import Decoder, QuantSpec, merge
+from lotaqaf_jax.models.loading import load_decoder
+from lotaqaf_jax.quant.folder import CheckpointFolder
+from tests.convert.making import adapter_model, checkpoint
+from tests.interop.conftest import SIZES, run_client, with_tokenizer
+from tests.interop.test_clients import TOLERANCE as TOLERANCES
+from tests.interop.test_clients import distance
+from tests.models.tiny import DecoderConfig, quantized_decoder
+
+# Our own trained model: a Qwen2 of 4 bits, tied, whose adapters train.py makes; and adapters of random numbers.
+TRAINED = "trained"
+CLIENTS = {
+    "gptq8": ("transformers", "gptqmodel"),
+    "awq": ("awq", "awq-gptqmodel"),
+    "mlx": ("mlx",),
+    "hf16": ("dense",),
+}
+TOLERANCE = TOLERANCES | {"dense": 1e-3, "awq": 0.02, "awq-gptqmodel": 0.03, "mlx": 0.03}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A base, the offset of the merge, and a target; ``lossy`` where that does not hold the model exactly."""
+
+    base: str
+    offset: str
+    target: str
+    lossy: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}-{self.offset}-{self.target}"
+
+
+CASES = (
+    Case(TRAINED, "none", "gptq8"),
+    Case(TRAINED, "none", "awq"),
+    Case(TRAINED, "none", "mlx"),
+    Case(TRAINED, "none", "hf16", lossy=True),
+    Case(TRAINED, "reference", "mlx"),
+    Case(TRAINED, "reference", "gptq8", lossy=True),
+    Case("ckpt-llamapos-b4g32-asym", "none", "awq"),
+    Case("ckpt-llamapos-b4g32-asym", "reference", "mlx"),
+    Case("ckpt-llamapos-b3g32-asym", "reference", "mlx"),
+    Case("ckpt-llamapos-b3g32-asym", "none", "gptq8"),
+    Case("ckpt-qwen2-b4g32-sym-desc", "none", "gptq8"),
+    Case("ckpt-llama-b4g32-asym-desc", "reference", "hf16", lossy=True),
+    Case("random-qwen2-b2g64", "reference", "mlx"),
+    Case("random-llama-b8g128", "reference", "mlx"),
+    Case("random-qwen2-b2g64", "none", "gptq8"),
+)
+
+
+def merged(case: Case, root: Path) -> tuple[CheckpointFolder, Decoder]:
+    if case.base == TRAINED:
+        output = root / f"{case.base}-{case.offset}"
+        if not output.is_dir():
+            flags = ["--max_steps", "15", "--offset", case.offset, "--moved", "0.1", "--output_dir", str(output)]
+            assert train.main(flags) == 0
+        return CheckpointFolder(output / "merged"), convert.load_merged(output / "merged", progress=False)
+    if case.base.startswith("random"):
+        _, kind, grid = case.base.split("-")
+        bits, group_size = map(int, grid[1:].split("g"))
+        sizes = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+        config = DecoderConfig.from_hf({"model_type": kind, "tie_word_embeddings": kind == "qwen2"} | sizes)
+        path = root / "bases" / case.base
+        if not path.is_dir():
+            model = quantized_decoder(config, QuantSpec(bits, group_size))
+            convert.write_checkpoint(model, path, tokenizer_from=checkpoint("tokenizer"), progress=False)
+    else:
+        source = checkpoint(case.base)
+        assert source is not None
+        path = with_tokenizer(source, root / "bases" / case.base)
+    base = CheckpointFolder(path)
+    return base, merge(adapter_model(base, offset=case.offset))
+
+
+@pytest.fixture(scope="module")
+def logits(
+    tmp_path_factory: pytest.TempPathFactory, client_python: str
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray | str]]:
+    """By case and client: ours of the base, ours of what the target holds, and the client's."""
+    root = tmp_path_factory.mktemp("targets")
+    jobs: list[dict[str, object]] = []
+    ours: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for case in CASES:
+        base, model = merged(case, root)
+        ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)
+        np.save(root / f"{case.name}.ids.npy", ids)
+        folder = root / case.name
+        given = {"base": base, "target": case.target, "allow_lossy": case.lossy, "progress": False}
+        report = convert.save_pretrained(model, folder, **given)
+        assert report.exact == (not case.lossy)
+        # Where something is lost, the client is to compute what is left: that of our own reading of the folder.
+        held = load_decoder(CheckpointFolder(folder), jnp.float32, progress=False) if case.lossy else model
+        ours[case.name] = np.asarray(load_decoder(base, jnp.float32, progress=False)(ids)), np.asarray(held(ids))
+        for kind in CLIENTS[case.target]:
+            files = {"folder": str(folder), "input_ids": str(root / f"{case.name}.ids.npy")}
+            jobs.append(
+                files
+                | {
+                    "kind": kind,
+                    "bits": 4 if case.target == "awq" else 8,
+                    "adapter": None,
+                    "output": f"{folder}.{kind}.npy",
+                }
+            )
+    found = run_client(client_python, jobs, root)
+    return {
+        (case.name, kind): (*ours[case.name], found[f"{root / case.name}.{kind}.npy"])
+        for case in CASES
+        for kind in CLIENTS[case.target]
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in CASES for kind in CLIENTS[case.target]],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_client_computes_our_logits(
+    logits: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, np.ndarray | str]], case: Case, kind: str
+) -> None:
+    base, held, theirs = logits[case.name, kind]
+    here = distance(held, theirs)
+    print(f"{case.name} {kind}: {here:.2e}")
+    assert here <= TOLERANCE[kind]
+    if case.base != TRAINED:  # There the base of the export is the merged folder, with the same integers.
+        # The check can see integers that were not written: base and merged model are far apart on this scale.
+        assert distance(base, held) > 4 * here
