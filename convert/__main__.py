@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     imported = commands.add_parser(
-        "import", help="GPTQ folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
+        "import", help="quantised folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
     )
     _model(imported)
     _output(imported)
@@ -182,7 +182,10 @@ def _quantize(command: argparse.ArgumentParser) -> None:
 
 def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", required=True, metavar="FOLDER", help="base: a GPTQ folder, a known name or a hub name (required)"
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="base: a quantised folder (GPTQ, AWQ, compressed-tensors, MLX), a known name or a hub name (required)",
     )
 
 
@@ -230,8 +233,9 @@ def quantize_command(args: argparse.Namespace) -> None:
 
 
 def merge_command(args: argparse.Namespace) -> None:
-    """Merge an adapter into its base and write the merged folder: the base with only qweight changed, and mu as a PEFT
-    LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does it appear."""
+    """Merge an adapter into its base and write the merged folder: the base, in its format, with only packed integers
+    changed, and mu as a PEFT LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does
+    it appear."""
     from convert.adapter import load_adapter
     from convert.save import check_target, merge_and_save
     from lotaqaf_jax.errors import ConfigError
@@ -277,8 +281,8 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def import_command(args: argparse.Namespace) -> None:
-    """Bring a GPTQ folder into Flax: an Orbax checkpoint of the packed state, with config and tokenizer beside. Words
-    stay packed; `export` writes the same GPTQ tensors again."""
+    """Bring a GPTQ, AWQ, compressed-tensors or MLX folder into Flax: an Orbax checkpoint of the packed state, with
+    config and tokenizer beside. Words stay packed; `export` writes them as GPTQ."""
     from convert.imported import import_checkpoint
 
     import_checkpoint(_base(args.model), args.output, overwrite=args.overwrite, progress=not args.quiet)

@@ -12,7 +12,8 @@ Source: AWQ on disk as AutoAWQ and GPTQModel 7.6 write it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ __all__ = ["ORDER", "read_config", "to_gptq", "to_gptq_zeros", "view", "words"]
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FIELDS = 8
-_BLOCK = 2**18  # words that are turned over at once, so that they stay in a processor's cache
+_BLOCK = 2**16  # words that are turned over at once, so that they stay in a processor's cache
+_THREADS = 8
 
 
 def _turned(words: np.ndarray) -> np.ndarray:
@@ -48,12 +50,29 @@ def _turned(words: np.ndarray) -> np.ndarray:
     return words
 
 
+def _step(columns: int) -> int:
+    """Rows of GPTQ's words in a block."""
+    return max(1, _BLOCK // max(1, _FIELDS * columns))
+
+
+def _each(turn: Callable[[int], None], starts: range) -> None:
+    """Every block, by several threads where there are many: numpy's loops leave the interpreter to others."""
+    if len(starts) < 2 * _THREADS:
+        for start in starts:
+            turn(start)
+        return
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(turn, starts):
+            pass
+
+
 def to_gptq(qweight: np.ndarray) -> np.ndarray:
     """GPTQ's ``qweight`` (ceil(in/8), out) from AWQ's (in, out/8), both int32."""
     n_in, columns = qweight.shape
     found = np.empty((packed_size(n_in, 4), columns * _FIELDS), np.int32)
-    step = max(1, _BLOCK // max(1, _FIELDS * columns))
-    for start in range(0, len(found), step):
+    step = _step(columns)
+
+    def turn(start: int) -> None:
         block = qweight[start * _FIELDS : (start + step) * _FIELDS].view(np.uint32)
         rows = -(-len(block) // _FIELDS)
         turned = np.zeros((rows * _FIELDS, columns), np.uint32)
@@ -62,6 +81,8 @@ def to_gptq(qweight: np.ndarray) -> np.ndarray:
         target = found[start : start + rows].view(np.uint32).reshape(rows, columns, _FIELDS)
         for field, column in enumerate(ORDER):
             target[:, :, column] = turned[:, field]
+
+    _each(turn, range(0, len(found), step))
     return found
 
 
@@ -69,12 +90,15 @@ def words(qweight: np.ndarray, in_features: int) -> np.ndarray:
     """AWQ's ``qweight`` (in, out/8) from GPTQ's (ceil(in/8), out), both int32; the inverse of :func:`to_gptq`."""
     columns = qweight.shape[1] // _FIELDS
     found = np.empty((in_features, columns), np.int32)
-    step = max(1, _BLOCK // max(1, _FIELDS * columns))
-    for start in range(0, len(qweight), step):
+    step = _step(columns)
+
+    def turn(start: int) -> None:
         block = np.ascontiguousarray(qweight[start : start + step]).view(np.uint32)
         fields = np.ascontiguousarray(block.reshape(len(block), columns, _FIELDS)[:, :, ORDER].transpose(0, 2, 1))
         target = found[start * _FIELDS : (start + step) * _FIELDS].view(np.uint32)
         target[:] = _turned(fields).reshape(-1, columns)[: len(target)]
+
+    _each(turn, range(0, len(qweight), step))
     return found
 
 

@@ -37,14 +37,14 @@ def test_awq_words(seed: int, n_in: int, columns: int) -> None:
     np.testing.assert_array_equal(awq.words(ours, n_in), theirs)
 
 
-@pytest.mark.parametrize("words", [1, 2**18 // 8, 2**18 // 8 + 3])
+@pytest.mark.parametrize("words", [1, awq._BLOCK // 8, awq._BLOCK // 8 + 3])
 def test_awq_words_of_several_blocks(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of any length turn over the same words; a wide matrix goes row of words by row of words."""
-    theirs = np.random.default_rng(0).integers(-(2**31), 2**31, (44, 6), dtype=np.int32)
+    theirs = np.random.default_rng(0).integers(-(2**31), 2**31, (444, 6), dtype=np.int32)
     whole = awq.to_gptq(theirs)
     monkeypatch.setattr(awq, "_BLOCK", 100)
     np.testing.assert_array_equal(awq.to_gptq(theirs), whole)
-    np.testing.assert_array_equal(awq.words(whole, 44), theirs)
+    np.testing.assert_array_equal(awq.words(whole, 444), theirs)
     wide = np.random.default_rng(1).integers(-(2**31), 2**31, (8, words), dtype=np.int32)
     np.testing.assert_array_equal(awq.words(awq.to_gptq(wide), 8), wide)
 
