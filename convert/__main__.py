@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     _output(export)
     export.add_argument(
         "--target",
-        default="gptq",
         metavar="NAME",
-        help="format to write, docs/export.md has them in a table (default: gptq)",
+        help="format to write, docs/export.md has them in a table (default: that of the base; gptq for an imported "
+        "model)",
     )
     export.add_argument(
         "--allow-lossy",
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     imported = commands.add_parser(
-        "import", help="GPTQ folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
+        "import", help="quantised folder -> Flax state in an Orbax checkpoint", description=import_command.__doc__
     )
     _model(imported)
     _output(imported)
@@ -182,7 +182,10 @@ def _quantize(command: argparse.ArgumentParser) -> None:
 
 def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", required=True, metavar="FOLDER", help="base: a GPTQ folder, a known name or a hub name (required)"
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="base: a quantised folder (GPTQ, AWQ, compressed-tensors, MLX), a known name or a hub name (required)",
     )
 
 
@@ -230,8 +233,9 @@ def quantize_command(args: argparse.Namespace) -> None:
 
 
 def merge_command(args: argparse.Namespace) -> None:
-    """Merge an adapter into its base and write the merged folder: the base with only qweight changed, and mu as a PEFT
-    LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does it appear."""
+    """Merge an adapter into its base and write the merged folder: the base, in its format, with only packed integers
+    changed, and mu as a PEFT LoRA in offset_adapter/. It is verified where it was written; only if all checks pass does
+    it appear."""
     from convert.adapter import load_adapter, training_lines
     from convert.save import check_target, merge_and_save
     from lotaqaf_jax.errors import ConfigError
@@ -278,8 +282,8 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def import_command(args: argparse.Namespace) -> None:
-    """Bring a GPTQ folder into Flax: an Orbax checkpoint of the packed state, with config and tokenizer beside. Words
-    stay packed; `export` writes the same GPTQ tensors again."""
+    """Bring a GPTQ, AWQ, compressed-tensors or MLX folder into Flax: an Orbax checkpoint of the packed state, with
+    config and tokenizer beside. Words stay packed; `export` writes them as GPTQ."""
     from convert.imported import import_checkpoint
 
     import_checkpoint(_base(args.model), args.output, overwrite=args.overwrite, progress=not args.quiet)
@@ -299,8 +303,9 @@ def export_command(args: argparse.Namespace) -> None:
     from lotaqaf_jax.models.loading import load_decoder
     from lotaqaf_jax.models.pretrained import default_dtype
 
-    check_target(args.target)
     imported, progress = is_imported(args.model), not args.quiet
+    target = args.target or ("gptq" if imported else "base")
+    check_target(target)
     if args.adapter is not None and imported:
         raise ConfigError(
             f"--adapter: {args.model} is an imported model; an adapter is merged into the GPTQ folder that it was "
@@ -318,7 +323,7 @@ def export_command(args: argparse.Namespace) -> None:
         model,
         args.output,
         **from_,
-        target=args.target,
+        target=target,
         allow_lossy=args.allow_lossy,
         training=() if args.adapter is None else training_lines(args.adapter),
         overwrite=args.overwrite,

@@ -1,8 +1,10 @@
-"""Merged decoder -> GPTQ folder: the base folder with only ``qweight`` changed.
+"""Merged decoder -> a folder like its base, in which only packed integers changed.
 
 Each shard of the base is copied, and then only the bytes of the words that moved are overwritten in the copy. Zero
 points, scales, group index, names, shard layout and everything in 16 bit therefore stay what they were byte for byte,
-whatever the base's writer did with them. The configs gain our name in ``meta.quantizer`` and nothing else.
+whatever the base's writer did with them. The configs gain our name in ``meta.quantizer`` and nothing else. A base in
+another format (:mod:`lotaqaf_jax.quant.formats`) stays in it: its words are overwritten in its own order, and its
+configs, which have no such place, are copied.
 
 Source: GPTQ on disk, as GPTQModel 7.6 and transformers 5 read it.
 """
@@ -41,11 +43,11 @@ def export_gptq(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write a merged model as GPTQ: the base folder with its words replaced, offsets beside in ``offset_adapter/``.
+    """Write a merged model: the base folder with its words replaced, offsets beside in ``offset_adapter/``.
 
     Args:
         model: the merged decoder, loaded from ``base``.
-        base: the checkpoint.
+        base: the checkpoint, GPTQ or another format that can be read; the new folder is in the same.
         directory: the folder to write.
         overwrite: replace a checkpoint that is there.
         progress: show a progress bar when it takes longer than a second.
@@ -73,18 +75,22 @@ def fill_gptq(model: Decoder, base: CheckpointFolder, folder: Path, *, model_nam
     """
     if is_main():
         _copy_base(base, folder, progress)
-    modules = sum(name.endswith(".qweight") for name in base.tensors)
-    with tqdm(total=modules, unit="module", desc="writing words", delay=1.0, disable=not progress) as bar:
+    with tqdm(
+        total=len(base.quantized_modules), unit="module", desc="writing words", delay=1.0, disable=not progress
+    ) as bar:
         for name, weight in quantized_weights(model):
             _check_base(base, name, fetch(weight.scales))
-            entry = base.tensors[f"{name}.qweight"]
+            expected = base.tensors[f"{name}.qweight"].shape
             words = fetch(weight.qweight)
-            if words.shape != entry.shape:
-                raise CheckpointError(f"{name}.qweight: the model has {words.shape}, {base.path} has {entry.shape}.")
+            if words.shape != expected:
+                raise CheckpointError(f"{name}.qweight: the model has {words.shape}, {base.path} has {expected}.")
             if is_main() and not np.array_equal(words, base.read(f"{name}.qweight")):
+                entry = base.stored[base.words_name(name)]
+                stored = np.ascontiguousarray(base.to_stored(name, words))
+                assert (stored.dtype, stored.shape) == (entry.dtype, entry.shape)
                 with (folder / entry.file.name).open("r+b") as file:
                     file.seek(entry.start)
-                    file.write(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
+                    file.write(stored.reshape(-1).view(np.uint8).data)
             bar.update()
     if has_offsets(model):
         write_offsets(model, folder / OFFSET_FOLDER, model_name=model_name)
@@ -98,7 +104,9 @@ def _copy_base(base: CheckpointFolder, folder: Path, progress: bool) -> None:
     for name in CONFIG_FILES:
         if (base.path / name).is_file():
             text = (base.path / name).read_text(encoding="utf-8")
-            (folder / name).write_text(signed(text, nested=name == "config.json"), encoding="utf-8")
+            if base.format == "gptq":
+                text = signed(text, nested=name == "config.json")
+            (folder / name).write_text(text, encoding="utf-8")
     with tqdm(total=base.nbytes, unit="B", unit_scale=True, desc="writing", delay=1.0, disable=not progress) as bar:
         for shard in base.shards:
             shutil.copyfile(shard, folder / shard.name)

@@ -1,4 +1,4 @@
-"""GPTQ folder -> Flax state in an Orbax checkpoint, and back to a decoder."""
+"""Quantised folder -> Flax state in an Orbax checkpoint, and back to a decoder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from convert.fingerprint import fingerprint
+from convert.gptq import CONFIG_FILES
 from convert.hf import copy_companions
 from convert.writing import new_folder, write_json
 from lotaqaf_jax.errors import CheckpointError
@@ -38,10 +39,12 @@ def _flat(state: nnx.State) -> dict[str, Any]:
 def import_checkpoint(
     base: CheckpointFolder, directory: str | Path, *, overwrite: bool = False, progress: bool = True
 ) -> None:
-    """Write the packed Flax state of a GPTQ (or 16-bit) checkpoint as an Orbax checkpoint.
+    """Write the packed Flax state of a quantised (or 16-bit) checkpoint as an Orbax checkpoint.
 
     The folder holds ``state/`` (Orbax: every array of the decoder, layers stacked, words packed), ``config.json``,
     tokenizer and generation files, and ``manifest.json``, which says how every weight is held and names the base.
+    Words are in GPTQ's order, whatever the format of the base. The config of another format says nothing of them and is
+    left out of config.json, so that an export writes GPTQ, with a config of its own.
 
     Args:
         base: the checkpoint.
@@ -57,17 +60,21 @@ def import_checkpoint(
     import orbax.checkpoint.experimental.v1 as ocp
 
     model = load_decoder(base, default_dtype(), progress=progress)
-    quantised = any(name.endswith(".qweight") for name in base.tensors)
     manifest = {
         "format": _FORMAT,
         "format_version": 1,
         "spec": _spec_to_json(model.spec),
         "base_model_name_or_path": str(base.path),
-        "base_fingerprint": fingerprint(base, progress=progress) if quantised else None,
+        "base_fingerprint": fingerprint(base, progress=progress) if base.quantized_modules else None,
     }
     with new_folder(directory, overwrite=overwrite, needed=base.nbytes, sources=[base.path]) as folder:
         ocp.save(folder / "state", _flat(nnx.split(model)[1]))
-        copy_companions(base.path, folder)
+        if base.format == "gptq":
+            copy_companions(base.path, folder)
+        else:
+            copy_companions(base.path, folder, skip=CONFIG_FILES)
+            said = ("quantization_config", "quantization")
+            write_json(folder / "config.json", {key: value for key, value in base.config.items() if key not in said})
         write_json(folder / _MANIFEST, manifest)
 
 

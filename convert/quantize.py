@@ -257,7 +257,7 @@ def _shards(folder: CheckpointFolder, config: DecoderConfig, settings: GPTQSetti
     shapes = projection_shapes(config)
     made = {f"model.layers.{i}.{path}": shapes[path] for i in range(config.num_hidden_layers) for path in shapes}
     shards: dict[str, _Tensors] = {}
-    for name, entry in folder.tensors.items():
+    for name, entry in folder.stored.items():
         shard = shards.setdefault(entry.file.name, {})
         module = name.removesuffix(".weight")
         if module == name or module not in made:

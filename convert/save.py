@@ -49,11 +49,11 @@ def save_pretrained(
 ) -> ExportReport:
     """Write a merged model as a folder that other people's software loads.
 
-    With ``base``, target "gptq" is the base's folder with only ``qweight`` changed (:func:`convert.export_gptq`);
-    without one, a whole checkpoint made from the model alone. The other targets hold the same weights in another form
-    (docs/export.md has them in one table). What is written is decoded again and compared with the model, weight by
-    weight in float64: a target that is off by more than 2**-15 of a step of the grid is refused, and nothing written,
-    unless ``allow_lossy``.
+    Target "base" is the folder of ``base``, in its format, with only packed integers changed
+    (:func:`convert.export_gptq`), and "gptq" the same where that is GPTQ; elsewhere, and without a base, it is a whole
+    checkpoint made from the model. The other targets hold the same weights in another form (docs/export.md has them in
+    one table). What is written is decoded again and compared with the model, weight by weight in float64: a target that
+    is off by more than 2**-15 of a step of the grid is refused, and nothing written, unless ``allow_lossy``.
 
     Args:
         model: the decoder, its adapters merged.
@@ -110,13 +110,16 @@ def _facts(
 ) -> CardFacts:
     config = source.config
     base = str(config.get("_name_or_path") or (source.folder.name if source.folder else config.get("model_type")))
-    return CardFacts(Path(directory).name, base, target.title, training, str(report).splitlines())
+    title = target.title
+    if target.name == "base" and source.base is not None:
+        title = {"gptq": "GPTQ", "awq": "AWQ", "mlx": "MLX"}.get(source.base.format, source.base.format)
+    return CardFacts(Path(directory).name, base, title, training, str(report).splitlines())
 
 
 def _refusal(target: Target, name: str, error: float) -> str:
     if not math.isfinite(error):
         return f"--target {target.name}: {name} has weights beyond its range. Use another target."
-    held = [other.name for other in TARGETS.values() if other.exact == "yes" and other.name != "peft"]
+    held = [other.name for other in TARGETS.values() if other.exact == "yes" and other.name not in ("base", "peft")]
     return (
         f"--target {target.name}: {name} would be off by up to {error:.4f} steps of its grid ({target.exact}). "
         f"Add --allow-lossy to write it all the same, or use one of: {', '.join(held)}."
@@ -134,7 +137,7 @@ def merge_and_save(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Merge, write as GPTQ and verify; the folder appears at ``directory`` only if every check passes.
+    """Merge, write in the base's format and verify; the folder appears at ``directory`` only if every check passes.
 
     Args:
         model: the adapter model, loaded from ``base``.
@@ -161,5 +164,5 @@ def merge_and_save(
         barrier("words are written")
         report = verify(base, folder, model=model, input_ids=input_ids, seed=seed, progress=progress)
         source = Source(base, base.config, base.path, str(directory))
-        write_card(folder, _facts(directory, source, TARGETS["gptq"], training, report))
+        write_card(folder, _facts(directory, source, TARGETS["base"], training, report))
         return report

@@ -136,7 +136,8 @@ def verify(
 ) -> Report:
     """Check a merged folder against its base and its adapter.
 
-    * names, types, shapes and shards of the tensors are the base's, and all but ``qweight`` are byte-identical;
+    * names, types, shapes and shards of the tensors are the base's, and all but ``qweight`` (in another format, the
+      tensor of packed integers) are byte-identical;
     * every integer moved by at most one step and stayed in {0, ..., 2**bits - 1} (one that wrapped around would have
       moved by 2**bits - 1), and the unused bits of last words are as they were;
     * the configs differ only in ``meta.quantizer``; tokenizer and generation files are byte-identical;
@@ -169,7 +170,7 @@ def verify(
     if model is None and adapter is not None:
         model = load_adapter(load_decoder(base, dtype, progress=progress), adapter, base=base, progress=progress)
     _check_layout(base, written)
-    _check_files(base.path, written.path)
+    _check_files(base, written.path)
     identical = _check_others(base, written, progress)
     # On the mesh of the adapter model, since its logits are to be met bit for bit.
     where = None if model is None else model.sharding
@@ -197,37 +198,39 @@ def _failed(where: str, what: str) -> VerificationError:
 
 
 def _check_layout(base: CheckpointFolder, written: CheckpointFolder) -> None:
-    if base.tensors.keys() != written.tensors.keys():
-        name = min(base.tensors.keys() ^ written.tensors.keys())
+    if base.stored.keys() != written.stored.keys():
+        name = min(base.stored.keys() ^ written.stored.keys())
         raise _failed(f"{written.path}", f"tensor {name} is in only one of it and the base {base.path}")
-    for name, entry in base.tensors.items():
-        there = written.tensors[name]
+    for name, entry in base.stored.items():
+        there = written.stored[name]
         found = (there.file.name, there.dtype, there.shape, there.start)
         expected = (entry.file.name, entry.dtype, entry.shape, entry.start)
         if found != expected:
             raise _failed(name, f"found (shard, type, shape, place) {found} in {written.path}, the base has {expected}")
 
 
-def _check_files(base: Path, written: Path) -> None:
+def _check_files(base: CheckpointFolder, written: Path) -> None:
     for name in CONFIG_FILES:
-        if read_config(base, name) != read_config(written, name):
+        if read_config(base.path, name) != read_config(written, name):
             raise _failed(f"{written / name}", "differs from the base's in more than meta.quantizer")
+    signed = CONFIG_FILES if base.format == "gptq" else ()
     for path in sorted(written.iterdir()):
-        if not path.is_file() or path.suffix == ".safetensors" or path.name in (*CONFIG_FILES, CARD):
+        if not path.is_file() or path.suffix == ".safetensors" or path.name in (*signed, CARD):
             continue
-        if not (base / path.name).is_file() or path.read_bytes() != (base / path.name).read_bytes():
-            raise _failed(f"{path}", f"is not the file of the base {base}")
+        if not (base.path / path.name).is_file() or path.read_bytes() != (base.path / path.name).read_bytes():
+            raise _failed(f"{path}", f"is not the file of the base {base.path}")
 
 
 def _check_others(base: CheckpointFolder, written: CheckpointFolder, progress: bool) -> int:
-    names = [name for name in base.tensors if not name.endswith(".qweight")]
-    total = sum(base.tensors[name].nbytes for name in names)
+    words = {base.words_name(module) for module in base.quantized_modules}
+    names = [name for name in base.stored if name not in words]
+    total = sum(base.stored[name].nbytes for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, desc="comparing", delay=1.0, disable=not progress) as bar:
         for name in names:
-            ours, theirs = (folder.read(name).reshape(-1).view(np.uint8) for folder in (written, base))
+            ours, theirs = (folder.read_stored(name).reshape(-1).view(np.uint8) for folder in (written, base))
             for start in range(0, ours.size, _BLOCK):
                 if not np.array_equal(ours[start : start + _BLOCK], theirs[start : start + _BLOCK]):
-                    raise _failed(name, f"differs in {written.path} from the base, where only qweight may change")
+                    raise _failed(name, f"differs in {written.path} from the base, where only integers may change")
             bar.update(ours.size)
     return len(names)
 
@@ -244,15 +247,15 @@ def _compare(old: jax.Array, new: jax.Array, bits: int, count: int) -> tuple[jax
 def _check_integers(
     base: CheckpointFolder, written: CheckpointFolder, reloaded: Decoder, progress: bool
 ) -> Iterator[ModuleReport]:
-    count = sum(name.endswith(".qweight") for name in base.tensors)
+    count = len(base.quantized_modules)
     weights = tqdm(quantized_weights(reloaded), total=count, desc="comparing integers", delay=1.0, disable=not progress)
     for name, weight in weights:
         old, new = (folder.read(f"{name}.qweight") for folder in (base, written))
         moved, largest, padding = (x.item() for x in _compare(old, new, weight.bits, weight.shape[0]))
         if largest > 1:
-            raise _failed(f"{name}.qweight", f"an integer moved by {largest} steps, where at most 1 is possible")
+            raise _failed(base.words_name(name), f"an integer moved by {largest} steps, where at most 1 is possible")
         if padding:
-            raise _failed(f"{name}.qweight", "unused bits behind the last row changed")
+            raise _failed(base.words_name(name), "unused bits behind the last row changed")
         mu = 0.0 if weight.offset is None else float(jnp.mean(jnp.abs(weight.offset.astype(jnp.float32))))
         yield ModuleReport(name, weight.shape[0] * weight.shape[1], moved, largest, mu)
 

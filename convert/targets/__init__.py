@@ -2,7 +2,7 @@
 
 from convert.targets.awq import AWQ
 from convert.targets.gguf import GGUF
-from convert.targets.gptq import GPTQ
+from convert.targets.gptq import BASE, GPTQ
 from convert.targets.gptq8 import GPTQ8
 from convert.targets.hf16 import HF16
 from convert.targets.mlx import MLX
@@ -11,5 +11,5 @@ from convert.targets.target import EXACT, ExportReport, Source, Target, check_fi
 
 __all__ = ["EXACT", "TARGETS", "ExportReport", "Source", "Target", "check_fit"]
 
-TARGETS = {target.name: target for target in (GPTQ, GPTQ8, PEFT, MLX, AWQ, GGUF, HF16)}
+TARGETS = {target.name: target for target in (BASE, GPTQ, GPTQ8, PEFT, MLX, AWQ, GGUF, HF16)}
 """By the name that --target takes."""

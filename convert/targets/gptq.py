@@ -1,4 +1,4 @@
-"""GPTQ: what came in, with other integers; the one target that keeps a base's files byte for byte.
+"""GPTQ, and the base's own format, whichever it is: what came in, with other integers, all else byte for byte.
 
 Source: :mod:`convert.gptq`, :mod:`convert.hf`.
 """
@@ -9,33 +9,63 @@ from pathlib import Path
 
 from convert.gptq import fill_gptq
 from convert.hf import checkpoint_bytes, fill_checkpoint
+from convert.hf_config import complete_config
 from convert.offset import offset_bytes
 from convert.targets.peft import record_offsets
 from convert.targets.target import Record, Source, Target
+from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder
+from lotaqaf_jax.quant.folder import CheckpointFolder
 
-__all__ = ["GPTQ"]
+__all__ = ["BASE", "GPTQ"]
+
+
+def _kept(source: Source) -> CheckpointFolder | None:
+    """The base, where it is GPTQ, so that its files can be kept."""
+    return source.base if source.base is not None and source.base.format == "gptq" else None
 
 
 def _size(model: Decoder, source: Source) -> int:
-    if source.base is None:
-        return checkpoint_bytes(model)
-    return source.base.nbytes + offset_bytes(model)
+    base = _kept(source)
+    return checkpoint_bytes(model) if base is None else base.nbytes + offset_bytes(model)
 
 
 def _write(model: Decoder, source: Source, folder: Path, record: Record, progress: bool) -> None:
-    if source.base is None:
+    base = _kept(source)
+    if base is None:
+        config = complete_config(model, source.plain_config if source.base is not None else source.config)
         fill_checkpoint(
-            model, folder, config=source.config, tokenizer_from=source.folder, model_name=source.name, progress=progress
+            model, folder, config=config, tokenizer_from=source.folder, model_name=source.name, progress=progress
         )
     else:
-        fill_gptq(model, source.base, folder, model_name=source.name, progress=progress)
+        fill_gptq(model, base, folder, model_name=source.name, progress=progress)
     record_offsets(model, record)
 
 
+def _write_base(model: Decoder, source: Source, folder: Path, record: Record, progress: bool) -> None:
+    if source.base is None:
+        raise ConfigError("--target base: there is no base whose format it could be. Use --target gptq.")
+    fill_gptq(model, source.base, folder, model_name=source.name, progress=progress)
+    record_offsets(model, record)
+
+
+BASE = Target(
+    name="base",
+    title="the base's own format",
+    bits=(2, 3, 4, 8),
+    group_sizes=None,
+    act_order=True,
+    partial=True,
+    multiple=1,
+    offset="beside, as a PEFT LoRA in offset_adapter/",
+    exact="yes",
+    runtimes=("what loads the base",),
+    size=lambda model, source: (0 if source.base is None else source.base.nbytes) + offset_bytes(model),
+    write=_write_base,
+)
 GPTQ = Target(
     name="gptq",
-    title="GPTQ, as the base",
+    title="GPTQ",
     bits=(2, 3, 4, 8),
     group_sizes=None,
     act_order=True,

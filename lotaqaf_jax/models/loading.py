@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -325,7 +326,7 @@ def load_decoder(
     """Read a checkpoint into a decoder. Packed words go to the device as they are.
 
     Args:
-        folder: the opened checkpoint, GPTQ or 16-bit.
+        folder: the opened checkpoint, quantised or 16-bit.
         dtype: the type that activations and dequantised weights are computed in.
         progress: show a progress bar when it takes longer than a second.
         place: gives an abstract decoder's arrays shardings (:func:`lotaqaf_jax.parallel.shard`). No more is then read
@@ -343,7 +344,8 @@ def load_decoder(
     decoder = nnx.eval_shape(lambda: Decoder(config, spec, dtype))
     if place is not None:
         decoder = place(decoder)
-    bar = tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress)
+    total = sum(entry.nbytes for entry in folder.tensors.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", delay=1.0, disable=not progress)
     with bar, ThreadPoolExecutor(_THREADS) as threads:
         reader = _Reader(folder, bar.update, threads)
         for name, variable in (("embed_tokens", decoder.embed_tokens.weight), ("norm", decoder.norm.weight)):
@@ -358,6 +360,8 @@ def load_decoder(
                 _fill(segment.linear(path), linear_spec, [f"{prefix}.{path}" for prefix in prefixes], reader)
         if decoder.lm_head is not None and spec.head is not None:
             _fill(decoder.lm_head, spec.head, ["lm_head"], reader, stacked=False)
+    for note in folder.notes:
+        warnings.warn(note, stacklevel=2)
     return decoder
 
 

@@ -27,7 +27,7 @@ def default_dtype() -> Any:
 
 
 def load_pretrained(path_or_name: str | Path, *, dtype: Any = None, progress: bool = True) -> Decoder:
-    """Load a GPTQ (or 16-bit) Llama or Qwen2 checkpoint.
+    """Load a quantised (GPTQ, AWQ, compressed-tensors, MLX) or 16-bit Llama or Qwen2 checkpoint.
 
     Args:
         path_or_name: a folder, a known name such as ``qwen2.5-14b-gptq``, or a hub name.

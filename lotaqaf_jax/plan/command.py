@@ -27,8 +27,8 @@ from lotaqaf_jax.models.registry import KNOWN_MODELS
 from lotaqaf_jax.plan.estimate import MEMORY_FRACTION, Plan, Space, fastest, fitting
 from lotaqaf_jax.plan.hardware import GIB, GPUS, Gpu, gpu
 from lotaqaf_jax.plan.sizes import FLAGS, Settings, Shape, shape_of
-from lotaqaf_jax.quant.config import QuantizationConfig
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_json
+from lotaqaf_jax.quant.formats import read_quantization
 
 __all__ = ["about", "main", "parser", "planned", "published_rank", "read_shape"]
 
@@ -144,9 +144,9 @@ def read_shape(model: str, bits: int | None = None, group_size: int | None = Non
         config = DecoderConfig.from_hf(checkpoint.config)
         return Shape(config, read_spec(checkpoint, config))
     parsed = read_json(folder / "config.json")
-    if "quantization_config" in parsed:
-        default = QuantizationConfig.from_hf(parsed["quantization_config"]).default
-        bits, group_size = bits or default.bits, group_size or default.group_size
+    said = read_quantization(parsed)
+    if said is not None:
+        bits, group_size = bits or said.default.bits, group_size or said.default.group_size
     stored = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}.get(
         str(parsed.get("torch_dtype") or parsed.get("dtype")), jnp.float16
     )

@@ -1,128 +1,36 @@
-"""A checkpoint folder on disk: its configs, its safetensors shards, and its tensors, memory-mapped."""
+"""A checkpoint folder on disk: its configs, its safetensors shards, and its tensors under GPTQ's names."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lotaqaf_jax.errors import CheckpointError, ConfigError
 from lotaqaf_jax.quant.config import QuantizationConfig
+from lotaqaf_jax.quant.files import TensorEntry, map_tensor, read_header, read_json
+from lotaqaf_jax.quant.formats import Converted, View, method_of, view_of
 
 __all__ = ["INDEX", "CheckpointFolder", "TensorEntry", "read_header", "read_json"]
 
 INDEX = "model.safetensors.index.json"
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: its shard, type, shape and the byte range in the file."""
-
-    file: Path
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.stop - self.start
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something else.
-    """
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Pass a folder that holds a checkpoint.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise CheckpointError(f"{path}: not valid JSON ({problem}). Download the file again.") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(parsed).__name__}, expected an object.")
-    return parsed
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Read the header of a safetensors file and check it against the file's size.
-
-    The safetensors library checks the file first (valid header, no holes, no overlap, nothing cut off); this adds the
-    byte ranges, which the library does not give, and names the tensor when a shape does not fit its bytes.
-
-    Args:
-        path: a ``.safetensors`` file.
-
-    Returns:
-        Every tensor by name, in the order of the file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or corrupt, or holds a type that is not known here.
-
-    Source: the safetensors format: 8 bytes of header length, a JSON header, the data.
-    """
-    import safetensors
-
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the shard is missing. Download the checkpoint again.")
-    try:
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-    except (safetensors.SafetensorError, OSError) as problem:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({problem}). It is truncated or corrupt; download it again."
-        ) from None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        if item["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} has type {item['dtype']}, expected one of {sorted(_DTYPES)}.")
-        dtype = np.dtype(_DTYPES[item["dtype"]])
-        shape = tuple(item["shape"])
-        start, stop = (8 + length + offset for offset in item["data_offsets"])
-        expected = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        if stop - start != expected:
-            raise CheckpointError(
-                f"{path}: tensor {name} has {stop - start} bytes, but its shape {shape} of {dtype} needs {expected}."
-            )
-        entries[name] = TensorEntry(path, dtype, shape, start, stop)
-    return entries
 
 
 class CheckpointFolder:
     """A Hugging Face checkpoint folder, opened for reading.
 
+    Quantised modules are shown as GPTQ's ``qweight``, ``qzeros``, ``scales`` and ``g_idx``. In a folder of another
+    format (:mod:`lotaqaf_jax.quant.formats`) they are made from what is stored when they are read, one at a time.
+
     Attributes:
         path: the folder.
         config: the parsed config.json.
         quantization: the GPTQ config, or None for a 16-bit checkpoint; from config.json, completed by
-            quantize_config.json where that exists.
-        tensors: every tensor of every shard by name.
+            quantize_config.json where that exists. Of another format, what says the same.
+        stored: every tensor of every shard by name, as it lies in the files.
+        tensors: every tensor by name, quantised modules as GPTQ's; the same as ``stored`` in a GPTQ folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -137,17 +45,26 @@ class CheckpointFolder:
             problem = "not a folder" if self.path.exists() else "no such folder"
             raise CheckpointError(f"{self.path}: {problem}. Pass the folder of a GPTQ checkpoint.")
         self.config = read_json(self.path / "config.json")
-        self.quantization = self._read_quantization()
-        self.tensors: Mapping[str, TensorEntry] = self._read_headers()
+        said, where = self._said()
+        method = method_of(self.config, said, where)
+        self.quantization: QuantizationConfig | None = None
+        if method == "gptq" and said is not None:
+            self.quantization = QuantizationConfig.from_hf(said, where)
+        self.stored: Mapping[str, TensorEntry] = self._read_headers()
+        self.tensors: Mapping[str, TensorEntry | Converted] = self.stored
+        self._view: View | None = None
+        if method != "gptq":
+            self._view = view_of(method, self.config, said, self.stored, where)
+            self.quantization, self.tensors = self._view.quantization, self._view.tensors
 
-    def _read_quantization(self) -> QuantizationConfig | None:
+    def _said(self) -> tuple[Any, str]:
+        """The quantisation config, None without one, and what to call it in errors."""
         embedded = self.config.get("quantization_config")
         beside = self.path / "quantize_config.json"
         if not beside.is_file():
-            where = f"{self.path / 'config.json'}: quantization_config"
-            return None if embedded is None else QuantizationConfig.from_hf(embedded, where)
+            return embedded, f"{self.path / 'config.json'}: quantization_config"
         if not isinstance(embedded, dict):
-            return QuantizationConfig.from_hf(read_json(beside), str(beside))
+            return read_json(beside), str(beside)
         # Some software reads one file and some the other, so they may complete, but not contradict, each other.
         other = read_json(beside)
         for key in ("bits", "group_size", "checkpoint_format"):
@@ -158,7 +75,7 @@ class CheckpointFolder:
                     "file that does not belong to these weights, or correct it."
                 )
         said = {key: value for key, value in embedded.items() if value is not None}
-        return QuantizationConfig.from_hf({**other, **said}, f"{self.path / 'config.json'}: quantization_config")
+        return {**other, **said}, f"{self.path / 'config.json'}: quantization_config"
 
     def _read_headers(self) -> dict[str, TensorEntry]:
         index = self.path / INDEX
@@ -199,25 +116,56 @@ class CheckpointFolder:
         raise CheckpointError(f"{self.path}: no model.safetensors and no {INDEX}.{hint}")
 
     @property
+    def format(self) -> str:
+        """How quantised modules are stored: "gptq" (16-bit checkpoints too), "awq", "compressed-tensors" or "mlx"."""
+        return "gptq" if self._view is None else self._view.format
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the tensors that were converted so far, a sentence each."""
+        return () if self._view is None else self._view.notes()
+
+    @property
+    def quantized_modules(self) -> tuple[str, ...]:
+        """The names of the modules whose weights are packed integers."""
+        return tuple(name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight"))
+
+    @property
     def shards(self) -> tuple[Path, ...]:
         """The shard files, in the order of the index."""
-        return tuple(dict.fromkeys(entry.file for entry in self.tensors.values()))
+        return tuple(dict.fromkeys(entry.file for entry in self.stored.values()))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        """Bytes of all tensors, as stored."""
+        return sum(entry.nbytes for entry in self.stored.values())
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor ``name`` as a read-only array over the memory-mapped file; nothing is copied.
+        """The tensor ``name`` of ``tensors``: a read-only array over the memory-mapped file, or converted.
 
         Raises:
-            CheckpointError: there is no such tensor.
+            CheckpointError: there is no such tensor, or it cannot be shown as GPTQ's.
         """
         entry = self.tensors.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing from the checkpoint.")
-        if entry.nbytes == 0:
-            return np.zeros(entry.shape, entry.dtype)
-        raw = np.memmap(entry.file, dtype=np.uint8, mode="r", offset=entry.start, shape=(entry.nbytes,))
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return entry.read() if isinstance(entry, Converted) else map_tensor(entry)
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """The tensor ``name`` of ``stored``, as a read-only array over the memory-mapped file; nothing is copied.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        entry = self.stored.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing from the checkpoint.")
+        return map_tensor(entry)
+
+    def words_name(self, module: str) -> str:
+        """The name in ``stored`` of the tensor that holds the packed integers of ``module``."""
+        return f"{module}.qweight" if self._view is None else self._view.words[module].name
+
+    def to_stored(self, module: str, qweight: np.ndarray) -> np.ndarray:
+        """The words of GPTQ's ``qweight`` (ceil(in*bits/32), out) in the order in which ``module`` is stored here."""
+        return qweight if self._view is None else self._view.words[module].stored(qweight)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from lotaqaf_jax.errors import ConfigError
 
-__all__ = ["SUPPORTED_BITS", "check_bits", "pack", "packed_size", "unpack"]
+__all__ = ["SUPPORTED_BITS", "check_bits", "pack", "packed_size", "period", "unpack"]
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 WORD = 32
@@ -53,7 +53,7 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // WORD)
 
 
-def _layout(bits: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+def period(bits: int) -> tuple[int, int, np.ndarray, np.ndarray]:
     """Return (values, words) of one period, and each value's first word and its shift there."""
     values = WORD // math.gcd(WORD, bits)
     start = np.arange(values) * bits
@@ -91,7 +91,7 @@ def unpack(words: ArrayLike, bits: int, count: int, axis: int = 0) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def _unpack(words: jax.Array, bits: int, count: int, axis: int) -> jax.Array:
     stream = jax.lax.bitcast_convert_type(jnp.moveaxis(words, axis, -1), jnp.uint32)
-    values, period_words, first, shift = _layout(bits)
+    values, period_words, first, shift = period(bits)
     periods = -(-count // values)
     missing = periods * period_words - stream.shape[-1]
     stream = jnp.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, missing)])
@@ -130,7 +130,7 @@ def pack(values: ArrayLike, bits: int, axis: int = 0) -> jax.Array:
 def _pack(values: jax.Array, bits: int, axis: int) -> jax.Array:
     fields = jnp.moveaxis(values, axis, -1).astype(jnp.uint32) & np.uint32(2**bits - 1)
     count = fields.shape[-1]
-    period_values, period_words, first, shift = _layout(bits)
+    period_values, period_words, first, shift = period(bits)
     periods = -(-count // period_values)
     missing = periods * period_values - count
     fields = jnp.pad(fields, [(0, 0)] * (fields.ndim - 1) + [(0, missing)])

@@ -74,7 +74,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert "another base" in refused("merge", "--model", str(other), "--adapter", str(adapter), "--output", out)
     assert "not empty" in refused(*merge, "--output", str(full))
     assert "was not written by this" in refused(*merge, "--output", str(full), "--overwrite")
-    assert "expected one of gptq" in refused(*merge, "--output", out, "--target", "floppy")
+    assert "expected one of base, gptq" in refused(*merge, "--output", out, "--target", "floppy")
     assert "is, holds or lies in" in refused(*merge, "--output", str(base.path), "--overwrite")
     assert "no such folder" in refused("merge", "--model", "/nowhere", "--adapter", str(adapter), "--output", out)
     assert "no such file" in refused("merge", "--model", str(base.path), "--adapter", "/nowhere", "--output", out)

@@ -3,9 +3,9 @@
     python client.py jobs.json
 
 A job: {"kind", "folder", "adapter" or null, "bits", "input_ids" (.npy), "output" (.npy)}. kind "transformers": float32,
-GPTQModel's exact torch kernel, the adapter by PEFT. kind "dense": the same of a 16-bit model. kind "gptqmodel":
-GPTQModel's own loader and adapters, float16. kinds "awq" and "awq-gptqmodel": the two of an AWQ model, with the exact
-kernel for that. kind "mlx": mlx-lm on the CPU.
+GPTQModel's exact torch kernel, the adapter by PEFT. kinds "dense" and "gguf": the same of 16 bit, and of a GGUF file.
+kind "gptqmodel": GPTQModel's own loader and adapters, float16. kinds "awq" and "awq-gptqmodel": the two of AWQ, with
+the exact kernel for that. kind "mlx": mlx-lm on the CPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 
 def with_transformers(job: dict[str, Any]) -> Any:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
     kinds = {
         "dense": {},
+        "gguf": {"gguf_file": "model.gguf", "config": AutoConfig.from_pretrained(job["folder"])},
         "awq": {"quantization_config": AwqConfig(bits=job["bits"], backend="torch_awq")},
         "transformers": {"quantization_config": GPTQConfig(bits=job["bits"], backend="gptq_torch")},
     }

@@ -29,11 +29,12 @@ CLIENTS = {
     "gptq8": ("transformers", "gptqmodel"),
     "awq": ("awq", "awq-gptqmodel"),
     "mlx": ("mlx",),
+    "gguf": ("gguf",),
     "hf16": ("dense",),
 }
 # Runtimes whose lines run here, by the folder: transformers and GPTQModel, twice; mlx-lm; transformers; the last two.
 CARDS = {"merged": 2, "gptq8": 2, "mlx": 1, "gguf": 1, "hf16": 2}
-TOLERANCE = TOLERANCES | {"dense": 1e-3, "awq": 0.02, "awq-gptqmodel": 0.03, "mlx": 0.03}
+TOLERANCE = TOLERANCES | {"dense": 1e-3, "awq": 0.02, "awq-gptqmodel": 0.03, "gguf": 0.02, "mlx": 0.03}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ CASES = (
     Case(TRAINED, "none", "gptq8"),
     Case(TRAINED, "none", "awq"),
     Case(TRAINED, "none", "mlx"),
+    Case(TRAINED, "none", "gguf", lossy=True),
     Case(TRAINED, "none", "hf16", lossy=True),
     Case(TRAINED, "reference", "mlx"),
     Case(TRAINED, "reference", "gptq8", lossy=True),
@@ -110,7 +112,8 @@ def logits(
         report = convert.save_pretrained(model, folder, **given)
         assert report.exact == (not case.lossy)
         # Where something is lost, the client is to compute what is left: that of our own reading of the folder.
-        held = load_decoder(CheckpointFolder(folder), jnp.float32, progress=False) if case.lossy else model
+        read_here = case.lossy and case.target != "gguf"
+        held = load_decoder(CheckpointFolder(folder), jnp.float32, progress=False) if read_here else model
         ours[case.name] = np.asarray(load_decoder(base, jnp.float32, progress=False)(ids)), np.asarray(held(ids))
         for kind in CLIENTS[case.target]:
             files = {"folder": str(folder), "input_ids": str(root / f"{case.name}.ids.npy")}
