@@ -293,13 +293,16 @@ def import_command(args: argparse.Namespace) -> None:
 def export_command(args: argparse.Namespace) -> None:
     """Write a model in the format of a runtime. --model is what `import` wrote, or a GPTQ folder, with the offsets that
     lie beside it; with --adapter it must be the GPTQ folder that the adapter was trained on. What is written is decoded
-    and compared; a target that would lose something refuses without --allow-lossy."""
+    and compared; a target that would lose something refuses without --allow-lossy. A LoRA does not merge; target peft
+    writes it as it is."""
     from convert.adapter import load_adapter, training_lines
     from convert.imported import is_imported, load_imported
     from convert.merged import load_merged
+    from convert.peft_adapter import save_lora
     from convert.save import check_target, save_pretrained
     from lotaqaf_jax.errors import ConfigError
-    from lotaqaf_jax.models import merge
+    from lotaqaf_jax.kernels import LowRank
+    from lotaqaf_jax.models import adapted_linears, merge
     from lotaqaf_jax.models.loading import load_decoder
     from lotaqaf_jax.models.pretrained import default_dtype
 
@@ -315,8 +318,13 @@ def export_command(args: argparse.Namespace) -> None:
     if imported:
         model = load_imported(args.model)
     elif args.adapter is not None:
-        adapted = load_decoder(from_["base"], default_dtype(), progress=progress)
-        model = merge(load_adapter(adapted, args.adapter, base=from_["base"], progress=progress))
+        model = load_decoder(from_["base"], default_dtype(), progress=progress)
+        model = load_adapter(model, args.adapter, base=from_["base"], progress=progress)
+        if target == "peft" and all(isinstance(adapter, LowRank) for _, _, adapter in adapted_linears(model)):
+            save_lora(model, args.output, base=from_["base"], overwrite=args.overwrite)
+            print(f"LoRA written to {args.output}")
+            return
+        model = merge(model)
     else:
         model = load_merged(from_["base"].path, progress=progress)
     report = save_pretrained(

@@ -102,7 +102,7 @@ def _loading(folder: Path, facts: CardFacts) -> str:
         notes = "".join(f"\n{note}\n" for note in verdict.notes)
         parts.append(f"**{title}** {verdict.version}:\n\n{lines}{notes}")
     # The folder is judged where it is being written.
-    return "\n".join(parts).replace(folder.name, facts.name)
+    return "\n".join(parts).replace(str(folder), facts.name).replace(folder.name, facts.name)
 
 
 def loading_lines(folder: Path, runtime: str, name: str) -> str:

@@ -25,10 +25,9 @@ from convert.tensors import named_linears
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant.formats.awq import ORDER
 
 __all__ = ["AWQ"]
-
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def _shapes(weight: QuantizedWeight) -> dict[str, tuple[Any, tuple[int, ...]]]:

@@ -29,6 +29,7 @@ def test_the_card_of_a_merge_has_what_verify_found(exported: tuple[Path, Report]
     assert "adapter=Lora(" in loading
     assert set(re.findall(r'from_pretrained\("([^"]+)"', loading)) == {folder.name}
     assert "partial" not in card
+    assert str(folder.parent) not in card
 
 
 def test_how_it_was_trained_goes_with_the_adapter(base: CheckpointFolder, model: Decoder, tmp_path: Path) -> None:

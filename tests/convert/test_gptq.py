@@ -131,7 +131,7 @@ def test_refuses_the_words_of_another_model(base: CheckpointFolder, tmp_path: Pa
 
 
 def test_refuses_an_unknown_target(base: CheckpointFolder, model: Decoder, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected one of gptq"):
+    with pytest.raises(ConfigError, match="expected one of base, gptq"):
         convert.save_pretrained(model, tmp_path / "out", base=base, target="floppy")
 
 

@@ -212,3 +212,14 @@ def test_lora_tensors_are_transposed(lora: Decoder, saved: Path) -> None:
     for name, array in tensors.items():
         np.testing.assert_array_equal(array, expected[name])
         assert array.dtype == np.float32
+
+
+def test_export_to_peft_writes_a_lora_as_it_is(
+    base: CheckpointFolder, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["export", "--model", str(base.path), "--adapter", str(saved), "--quiet"]
+    assert main([*flags, "--target", "peft", "--output", str(tmp_path / "out")]) == 0
+    for path in saved.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert main([*flags, "--target", "mlx", "--output", str(tmp_path / "no")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

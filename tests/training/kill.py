@@ -234,7 +234,8 @@ def compare(output: Path, whole: Path) -> None:
     assert read_log(output) == read_log(whole)
     ours, theirs = exported(output), exported(whole)
     assert ours.keys() == theirs.keys()
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    differing = [name for name in theirs if ours[name] != theirs[name]]
+    assert not differing, f"{differing[0]}: {ours[differing[0]][-2000:]!r}, expected {theirs[differing[0]][-2000:]!r}"
     assert names(output) == names(whole)
 
 
