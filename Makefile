@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-dev
 # Opens what we write with GPTQModel, transformers and PEFT, which live in an environment of their own, reads what
 # compressed-tensors, mlx-lm and GPTQModel's AWQ write, and runs lm-eval's tasks on a model of ours.
 interop: $(VENV)/.installed-eval $(INTEROP_VENV)/.installed
-	LOTAQAF_INTEROP_PYTHON=$(abspath $(INTEROP_VENV)/bin/python) $(BIN)/python -m pytest -n 0 tests/interop --run-interop
+	LOTAQAF_INTEROP_PYTHON=$(abspath $(INTEROP_VENV)/bin/python) $(BIN)/python -m pytest -n 2 --dist loadfile tests/interop --run-interop
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found %s: run make with PYTHON=python3.11" % sys.version.split()[0])'
