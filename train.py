@@ -82,8 +82,9 @@ def run(config: TrainConfig) -> None:
     data = load_data(config.data(), tokenizer, *sizes, progress=is_main())
     config = config.settled(data.report.format)
     about = about_run(config, base, data.report.row_length)  # on a GPU: memory and time, or that it cannot fit
+    settings = summary(config, data.num_steps(config.num_train_epochs))
     if is_main():
-        print(summary(config, data.num_steps(config.num_train_epochs)), *about, data.report, sep="\n")
+        print(settings, *about, data.report, sep="\n")
     if config.dry_run:
         if is_main():
             print(preview(data.train, tokenizer, color=sys.stdout.isatty()))
@@ -107,7 +108,7 @@ def run(config: TrainConfig) -> None:
 
     # Merge, export and verify: integers move by one step of their grid or not at all, nothing is rounded, and the
     # merged folder appears in its place only when it has been read back and every check has passed.
-    told = f"{summary(config, data.num_steps(config.num_train_epochs))}\n{data.report}".splitlines()
+    told = f"{settings}\n{data.report}".splitlines()
     writing: Any = {"base": base, "training": told, "overwrite": True, "progress": is_main()}
     convert.save_adapter(model, output / "adapter", **writing)
     if method.merges:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.offset import OFFSET_FOLDER
-from convert.runtimes import RUNTIMES, check_runtime
+from convert.runtimes import RUNTIMES, ModelFolder, judged, read_folder
 from lotaqaf_jax import __version__
 from lotaqaf_jax.errors import LotaError
 from lotaqaf_jax.parallel.processes import is_main
-from lotaqaf_jax.quant.folder import read_json
 
 __all__ = ["CARD", "CardFacts", "loading_lines", "write_card"]
 
@@ -87,40 +86,38 @@ def _loading(folder: Path, facts: CardFacts) -> str:
     if (folder / "adapter_config.json").is_file():
         on_top = ["from peft import PeftModel", f'model = PeftModel.from_pretrained(model, "{facts.name}")']
         return f"On the GPTQ folder that belongs to it, loaded by transformers:\n\n{_python(on_top)}"
-    parts = []
-    for runtime in RUNTIMES:
-        title = _TITLES.get(runtime, runtime)
-        try:
-            verdict = check_runtime(folder, runtime)
-        except LotaError as problem:
-            parts.append(f"**{title}**: not known. {problem}\n")
-            continue
-        lines = loading_lines(folder, runtime, facts.name) if verdict.loads else ""
-        if not lines:
-            parts.append(f"**{title}** {verdict.version}: no. {' '.join(verdict.reasons)}\n")
-            continue
-        notes = "".join(f"\n{note}\n" for note in verdict.notes)
-        parts.append(f"**{title}** {verdict.version}:\n\n{lines}{notes}")
+    try:
+        found = read_folder(folder)
+    except LotaError as problem:
+        parts = [f"**{_TITLES.get(runtime, runtime)}**: not known. {problem}\n" for runtime in RUNTIMES]
+    else:
+        parts = [_part(found, runtime, facts.name) for runtime in RUNTIMES]
     # The folder is judged where it is being written.
     return "\n".join(parts).replace(str(folder), facts.name).replace(folder.name, facts.name)
 
 
-def loading_lines(folder: Path, runtime: str, name: str) -> str:
+def _part(found: ModelFolder, runtime: str, name: str) -> str:
+    verdict = judged(found, runtime)
+    title = f"**{_TITLES.get(runtime, runtime)}** {verdict.version}:"
+    lines = loading_lines(found, runtime, name) if verdict.loads else ""
+    if not lines:
+        return f"{title} no. {' '.join(verdict.reasons)}\n"
+    notes = "".join(f"\n{note}\n" for note in verdict.notes)
+    return f"{title}\n\n{lines}{notes}"
+
+
+def loading_lines(found: ModelFolder, runtime: str, name: str) -> str:
     """Markdown with the lines by which a runtime loads a folder; "" where there are none.
 
     Args:
-        folder: where the files are.
-        runtime: one of :data:`convert.RUNTIMES`.
+        found: the folder.
+        runtime: one of :data:`convert.RUNTIMES`, which loads it.
         name: what the lines call the folder.
     """
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    said = config.get("quantization_config") or {}
-    kind = "gguf" if list(folder.glob("*.gguf")) else str(said.get("quant_method") or "16-bit")
-    if "quantization" in config:
-        kind = "mlx"
-    offset = f"{name}/{OFFSET_FOLDER}" if (folder / OFFSET_FOLDER).is_dir() else None
+    kind = found.kind
+    offset = f"{name}/{OFFSET_FOLDER}" if (found.path / OFFSET_FOLDER).is_dir() else None
     if runtime == "transformers":
-        return _python(_transformers(kind, said.get("bits"), name, offset))
+        return _python(_transformers(kind, found.quantization.get("bits"), name, offset))
     if runtime == "gptqmodel":
         return _python(_gptqmodel(kind, name, offset))
     if runtime == "mlx":

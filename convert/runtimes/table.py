@@ -16,7 +16,7 @@ from convert.runtimes.folder import Kind, ModelFolder, read_folder
 from convert.runtimes.rules import Rule
 from lotaqaf_jax.errors import ConfigError
 
-__all__ = ["RUNTIMES", "Runtime", "Verdict", "check_runtime"]
+__all__ = ["RUNTIMES", "Runtime", "Verdict", "check_runtime", "judged"]
 
 _NAMES: dict[Kind, str] = {
     "gptq": "GPTQ",
@@ -284,8 +284,12 @@ def check_runtime(folder: str | Path, runtime: str) -> Verdict:
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"--runtime: found {runtime!r}, expected one of {', '.join(RUNTIMES)}.")
+    return judged(read_folder(folder), runtime)
+
+
+def judged(found: ModelFolder, runtime: str) -> Verdict:
+    """:func:`check_runtime` of a folder that has been read, for whoever asks of several runtimes."""
     rule = RUNTIMES[runtime]
-    found = read_folder(folder)
     reasons = rule.reasons(found)
     written = {target: exported(found, target) for target in EXPORTS}
     return Verdict(

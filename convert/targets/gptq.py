@@ -5,6 +5,7 @@ Source: :mod:`convert.gptq`, :mod:`convert.hf`.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from convert.gptq import fill_gptq
@@ -31,14 +32,13 @@ def _size(model: Decoder, source: Source) -> int:
 
 
 def _write(model: Decoder, source: Source, folder: Path, record: Record, progress: bool) -> None:
-    base = _kept(source)
-    if base is None:
-        config = complete_config(model, source.plain_config if source.base is not None else source.config)
-        fill_checkpoint(
-            model, folder, config=config, tokenizer_from=source.folder, model_name=source.name, progress=progress
-        )
-    else:
-        fill_gptq(model, base, folder, model_name=source.name, progress=progress)
+    if _kept(source) is not None:
+        _write_base(model, source, folder, record, progress)
+        return
+    config = source.config if source.base is None else complete_config(model, source.plain_config)
+    fill_checkpoint(
+        model, folder, config=config, tokenizer_from=source.folder, model_name=source.name, progress=progress
+    )
     record_offsets(model, record)
 
 
@@ -49,31 +49,20 @@ def _write_base(model: Decoder, source: Source, folder: Path, record: Record, pr
     record_offsets(model, record)
 
 
-BASE = Target(
-    name="base",
-    title="the base's own format",
-    bits=(2, 3, 4, 8),
-    group_sizes=None,
-    act_order=True,
-    partial=True,
-    multiple=1,
-    offset="beside, as a PEFT LoRA in offset_adapter/",
-    exact="yes",
-    runtimes=("what loads the base",),
-    size=lambda model, source: (0 if source.base is None else source.base.nbytes) + offset_bytes(model),
-    write=_write_base,
-)
 GPTQ = Target(
     name="gptq",
     title="GPTQ",
-    bits=(2, 3, 4, 8),
-    group_sizes=None,
-    act_order=True,
-    partial=True,
-    multiple=1,
     offset="beside, as a PEFT LoRA in offset_adapter/",
     exact="yes",
     runtimes=("GPTQModel", "transformers", "SGLang", "vLLM (4 and 8 bit, symmetric)"),
     size=_size,
     write=_write,
+)
+BASE = dataclasses.replace(
+    GPTQ,
+    name="base",
+    title="the base's own format",
+    runtimes=("what loads the base",),
+    size=lambda model, source: (0 if source.base is None else source.base.nbytes) + offset_bytes(model),
+    write=_write_base,
 )

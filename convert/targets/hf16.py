@@ -52,11 +52,6 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
 HF16 = Target(
     name="hf16",
     title="16-bit weights",
-    bits=(2, 3, 4, 8),
-    group_sizes=None,
-    act_order=True,
-    partial=True,
-    multiple=1,
     offset="in the weights",
     exact="no: rounded to 11 bits (float16) or 8 (bfloat16)",
     runtimes=("any that reads Hugging Face checkpoints",),

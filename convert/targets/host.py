@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lotaqaf_jax.parallel.processes import fetch
-from lotaqaf_jax.quant import QuantizedWeight
+from lotaqaf_jax.quant import QuantizedWeight, unpack
 from lotaqaf_jax.quant.weight import group_length, trivial_g_idx
 
 __all__ = ["HostWeight", "host_weight", "largest_error"]
@@ -55,7 +55,7 @@ def host_weight(weight: QuantizedWeight) -> HostWeight:
     scales = fetch(weight.scales)
     none = weight.offset is None
     return HostWeight(
-        integers=fetch(weight.integers()).astype(np.uint8),
+        integers=fetch(unpack(weight.qweight, weight.bits, weight.shape[0])),
         scales=scales,
         zeros=fetch(weight.zeros),
         offset=np.zeros(scales.shape, np.float32) if none else fetch(weight.offset).astype(np.float32),

@@ -92,11 +92,9 @@ def _config(model: Decoder) -> dict[str, Any]:
 MLX = Target(
     name="mlx",
     title="MLX affine groups, float32 scales and biases",
-    bits=(2, 3, 4, 8),
     group_sizes=(32, 64, 128),
     act_order=False,
     partial=False,
-    multiple=1,
     offset="in the biases",
     exact="yes",
     runtimes=("mlx-lm",),

@@ -43,11 +43,6 @@ def record_offsets(model: Decoder, record: Record) -> None:
 PEFT = Target(
     name="peft",
     title="the offset alone, as a PEFT LoRA for what gptq writes",
-    bits=(2, 3, 4, 8),
-    group_sizes=None,
-    act_order=True,
-    partial=True,
-    multiple=1,
     offset="all that there is",
     exact="yes",
     runtimes=("PEFT on transformers", "GPTQModel"),

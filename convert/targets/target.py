@@ -47,35 +47,35 @@ Record = Callable[[str, float], None]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A format to export to.
+    """A format to export to; one that does not say otherwise holds every model that loads.
 
     Attributes:
         name: as --target says it.
         title: what it is, in a few words.
-        bits: widths that it holds.
-        group_sizes: rows of a group that it holds, -1 standing for one group; None for any.
-        act_order: whether groups may be scattered.
-        partial: whether the last group may be shorter than the others.
-        multiple: of what the outputs of a weight have to be a multiple.
         offset: where mu goes.
         exact: when it is exact, and how far it is off where it is not.
         runtimes: what loads it.
         size: (model, source): bytes that it takes.
         write: (model, source, folder, record, progress): writes the files into an empty folder.
+        bits: widths that it holds.
+        group_sizes: rows of a group that it holds, -1 standing for one group; None for any.
+        act_order: whether groups may be scattered.
+        partial: whether the last group may be shorter than the others.
+        multiple: of what the outputs of a weight have to be a multiple.
     """
 
     name: str
     title: str
-    bits: tuple[int, ...]
-    group_sizes: tuple[int, ...] | None
-    act_order: bool
-    partial: bool
-    multiple: int
     offset: str
     exact: str
     runtimes: tuple[str, ...]
     size: Callable[[Decoder, Source], int]
     write: Callable[[Decoder, Source, Path, Record, bool], None]
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    group_sizes: tuple[int, ...] | None = None
+    act_order: bool = True
+    partial: bool = True
+    multiple: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,16 +87,23 @@ def write_folder(
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=1.0, disable=not progress) as bar:
         for file, names in zip(files, shards, strict=True):
             with _Shard(folder / file, {name: shapes[name] for name in names}, kind) as shard:
+
+                def write(name: str, array: np.ndarray, shard: _Shard = shard) -> None:
+                    shard.write(name, array)
+                    bar.update(array.nbytes)
+
                 for name in names:
+                    module, _, end = name.rpartition(".")
                     if name in dense:
-                        shard.write(name, dense[name].read())
-                for name, (weight, i) in packed.items():
-                    if f"{name}.{next(iter(form.shapes(weight)))}" in names:
+                        write(name, dense[name].read())
+                    elif end == next(
+                        iter(form.axis)
+                    ):  # the tensors of a weight are in one file, the first tells of all
+                        weight, i = packed[module]
                         arrays, error = _converted(host_weight(take(weight, i)), form)
-                        record(name, error)
+                        record(module, error)
                         for end, array in arrays.items():
-                            shard.write(f"{name}.{end}", array)
-                bar.update(sum(_bytes(shapes[name]) for name in names))
+                            write(f"{module}.{end}", array)
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
