@@ -223,7 +223,13 @@ RUNTIMES: Mapping[str, Runtime] = {
             ),
             "awq": (_say("needs the packages gptqmodel and accelerate."),),
             "compressed-tensors": (_say("needs the package compressed-tensors; nothing more is known here."),),
-            "gguf": (_say('needs the package gguf: from_pretrained("{path}", gguf_file="{gguf}").'),),
+            "gguf": (
+                _say(
+                    'needs the package gguf: from_pretrained("{path}", gguf_file="{gguf}", '
+                    'config=AutoConfig.from_pretrained("{path}")); without config, rope factors and Llama\'s biases are '
+                    "left out in silence."
+                ),
+            ),
         },
     ),
     "gptqmodel": Runtime(
