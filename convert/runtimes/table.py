@@ -226,8 +226,8 @@ RUNTIMES: Mapping[str, Runtime] = {
             "gguf": (
                 _say(
                     'needs the package gguf: from_pretrained("{path}", gguf_file="{gguf}", '
-                    'config=AutoConfig.from_pretrained("{path}")); without config, rope factors and Llama\'s biases are '
-                    "left out in silence."
+                    'config=AutoConfig.from_pretrained("{path}")); without config, rope factors and Llama\'s biases '
+                    "are left out in silence."
                 ),
             ),
         },
