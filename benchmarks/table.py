@@ -5,7 +5,8 @@
 Quantises the models, tunes one setting of every row on validation rows (the learning rate; on tasks LoTA-QAF's share
 of integers to move), runs every cell with three seeds by train.py, measures tasks by evaluate.py, and writes
 results.jsonl, table.md and plots into --output. A cell that is in results.jsonl already is not run again, so an
-interrupted table goes on with the same command. --jobs processes share the device.
+interrupted table goes on with the same command; docs/results.jsonl has those of docs/results.md. --jobs processes share
+the device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -32,6 +34,7 @@ from table_plan import BITS, ROWS, SOURCES, TASKS, Run, main_runs, prepare, quan
 from table_report import best_values, write_report
 from tqdm import tqdm
 
+PHASES = ("tuning", "table")
 CALIBRATION = ("--samples", "256", "--length", "256", "--asym")
 
 
@@ -45,13 +48,17 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=list(BITS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--group_sizes", nargs="+", type=int, help="only these")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
     parser.add_argument("--cards", type=int, default=1, help="GPUs to share the processes out to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so long")
+    parser.add_argument("--results", type=Path, help="the file of results, if not results.jsonl in --output")
+    parser.add_argument("--commit", help="what results say of the version that made them; by default git's")
     parser.add_argument("--report", action="store_true", help="only write table and plots of what is there")
     options = parser.parse_args()
     options.end = time.monotonic() + 60 * options.minutes
-    root, results = options.output, options.output / "results.jsonl"
+    root, results = options.output, options.results or options.output / "results.jsonl"
+    options.results, options.commit = results, options.commit or _commit()
     root.mkdir(parents=True, exist_ok=True)
     if not options.report:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * options.cards / options.jobs:.3f}")
@@ -63,17 +70,26 @@ def main() -> None:
         with ProcessPoolExecutor(
             options.jobs, context, initializer=_take_card, initargs=(cards, options.cards)
         ) as pool:
-            runs = _wanted(tuning_runs(options.sources), options)
+            runs = _wanted(tuning_runs(options.sources), options) if "tuning" in options.phases else []
             todo = [run for run in runs if run.name not in read_results(results)]
             models = {quantized_folder(root, run): run for run in _every_cell(options)}
             for done in as_completed(pool.submit(quantize, run, root, options.data) for run in models.values()):
                 done.result()
             execute(pool, todo, options, "tuning")
             best = best_values(read_results(results).values())
-            runs = _wanted(main_runs(options.sources, best), options)
+            runs = _wanted(main_runs(options.sources, best), options) if "table" in options.phases else []
             execute(pool, [run for run in runs if run.name not in read_results(results)], options, "table")
     write_report(list(read_results(results).values()), root)
     print((root / "table.md").read_text(encoding="utf-8"))
+
+
+def _commit() -> str:
+    """The short hash of the checkout; "unknown" without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _take_card(cards: Any, count: int) -> None:
@@ -118,11 +134,11 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 def execute(pool: ProcessPoolExecutor, runs: Sequence[Run], options: argparse.Namespace, title: str) -> None:
     """Run all, and append each result as it comes."""
     started = [pool.submit(run_one, run, options.output, options.data, options.end) for run in runs]
-    with (options.output / "results.jsonl").open("a", encoding="utf-8") as file:
+    with options.results.open("a", encoding="utf-8") as file:
         for done in tqdm(as_completed(started), total=len(started), desc=title):
             result = done.result()
             if result is not None:
-                file.write(json.dumps(result) + "\n")
+                file.write(json.dumps({**result, "commit": options.commit}) + "\n")
                 file.flush()
 
 
@@ -151,6 +167,8 @@ def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | No
         return None
     import evaluate
     import train
+    from convert.fingerprint import fingerprint
+    from lotaqaf_jax.quant.folder import CheckpointFolder
 
     folder = root / "runs" / run.name
     shutil.rmtree(folder, ignore_errors=True)
@@ -169,7 +187,9 @@ def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | No
     if status:
         print(f"{run.name} failed with status {status}, see {log}", file=sys.stderr)
         return None
-    result = {"name": run.name, **vars(run), "command": ["train.py", *flags], "seconds": seconds, **read_run(folder)}
+    result = {"name": run.name, **vars(run), "seconds": round(seconds, 1), **read_run(folder)}
+    if run.bits != 16:
+        result["base"] = fingerprint(CheckpointFolder(quantized_folder(root, run)), progress=False)[:20]
     shutil.rmtree(folder)
     return result
 

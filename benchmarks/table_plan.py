@@ -80,7 +80,8 @@ class Row:
         tuning: what is tuned, if anything.
         like: the row whose tuned value it takes; none: its own.
         dense: whether the model is the 16-bit one.
-        ablation: whether it is one change to the recommended recipe, or to what it came from; on stories only.
+        ablation: whether it is one change to the recommended recipe, or to what it came from; on stories only, at the
+            first group size.
     """
 
     title: str
@@ -225,7 +226,9 @@ def main_runs(sources: Sequence[str], best: dict[tuple[str, int, str, str], floa
             for name, row in ROWS.items():
                 first = bits == BITS[0] and group_size == source.groups[0]
                 # On text the default is the row without an offset.
-                if (row.dense and not first) or (row.ablation and answered) or (name == "default" and not answered):
+                if (row.dense and not first) or (name == "default" and not answered):
+                    continue
+                if row.ablation and (answered or group_size != source.groups[0]):
                     continue
                 place = (16, 0) if row.dense else (bits, group_size)
                 value = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from convert.fingerprint import fingerprint
+from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.training import parse_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 
 
 @pytest.fixture(autouse=True)
@@ -127,9 +131,11 @@ def test_a_finished_run_is_read_and_a_failed_one_leaves_no_result(
 
     monkeypatch.setattr(train, "main", run_of)
     run = plan.Run("babyllama105", 3, 32, "stories", "none", 0)
+    shutil.copytree(CHECKPOINTS / "ckpt-llama-b4g32-asym-desc", plan.quantized_folder(tmp_path, run))
     result = table.run_one(run, tmp_path, tmp_path, float("inf"))
     assert (result["before"]["loss"], result["after"], result["moved"]) == (2.0, {"loss": 0.5}, 0.01)
     assert result["merged_bytes"] == 5
+    assert fingerprint(CheckpointFolder(plan.quantized_folder(tmp_path, run))).startswith(result["base"])
     assert json.loads(json.dumps(result))["name"] == run.name
     assert table.run_one(run, tmp_path, tmp_path, 0.0) is None
 
