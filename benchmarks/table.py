@@ -180,7 +180,7 @@ def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | No
             status = train.main(flags)
             seconds = time.perf_counter() - started
             if not status and TASKS[run.task].rule:
-                status = evaluate.main(_measure_flags(run, root, folder))
+                status = evaluate.main(_measure_flags(flags, folder))
         except Exception:  # the others go on
             traceback.print_exc()
             status = 1
@@ -194,9 +194,8 @@ def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | No
     return result
 
 
-def _measure_flags(run: Run, root: Path, folder: Path) -> list[str]:
-    """Of evaluate.py: the merged folder where there is one, else the base with its adapter."""
-    flags = run.flags(root, root)
+def _measure_flags(flags: Sequence[str], folder: Path) -> list[str]:
+    """Of evaluate.py, after train.py ran with ``flags``: the merged folder, or without one base and adapter."""
     merged = folder / "merged"
     model = (
         [str(merged)] if merged.exists() else [flags[flags.index("--model") + 1], "--adapter", str(folder / "adapter")]

@@ -142,3 +142,26 @@ def test_a_finished_run_is_read_and_a_failed_one_leaves_no_result(
     monkeypatch.setattr(train, "main", lambda flags: 2)
     assert table.run_one(run, tmp_path, tmp_path, float("inf")) is None
     assert "failed with status 2" in capsys.readouterr().err
+
+
+def test_a_16_bit_model_is_measured_where_it_was_trained_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, plan = importlib.import_module("table"), importlib.import_module("table_plan")
+    import evaluate
+    import train
+
+    def run_of(flags: list[str]) -> int:
+        folder = Path(flags[flags.index("--output_dir") + 1])
+        folder.mkdir(parents=True)
+        lines = [{"eval_loss": 2.0, "eval_exact_match": 0.0}, {"loss": 1.0}, {"eval_loss": 0.5}]
+        (folder / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(train, "main", run_of)
+    monkeypatch.setattr(evaluate, "main", lambda flags: seen.append(flags) or 0)
+    run = plan.Run("base14m", 16, 0, "viggo", "lora16", 0, "validation", 1e-3)
+    assert table.run_one(run, tmp_path / "out", tmp_path / "data", float("inf")) is not None
+    model = str(tmp_path / "data" / plan.SOURCES["base14m"].folder)
+    assert seen[0][:2] == ["--model", model]
+    assert seen[0][seen[0].index("--adapter") + 1].startswith(str(tmp_path / "out"))
+    assert seen[0][seen[0].index("--tasks") + 1] == f"viggo:{tmp_path / 'out/data/viggo_validation.jsonl'}"
