@@ -210,7 +210,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     looks = [line for line in lines if "eval_loss" in line]
     last = [line for line in lines if "loss" in line][-1]
     found = {"before": _numbers(looks[0]), "after": _numbers(looks[-1])}
-    found |= {name: last[name] for name in ("moved", "mean_abs_mu", "tokens_per_second") if name in last}
+    found |= {name: round(last[name], 6) for name in ("moved", "mean_abs_mu") if name in last}
     if (folder / "evaluation.json").exists():
         record = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         found["exact_match"] = record["results"][0]["measures"]["exact_match"]
@@ -220,7 +220,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _numbers(look: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("eval_"): value for name, value in look.items() if name.startswith("eval_")}
+    return {name.removeprefix("eval_"): round(value, 6) for name, value in look.items() if name.startswith("eval_")}
 
 
 if __name__ == "__main__":

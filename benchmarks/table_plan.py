@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class Source:
         name: for files and tables.
         folder: below the data.
         calibration: the text it is quantised with, a file below the data, or without a folder of :func:`prepare`.
-        groups: group sizes it is quantised with; settings are tuned at the first.
+        groups: group sizes it is quantised with.
         tasks: names of :data:`TASKS`.
     """
 
@@ -92,6 +92,8 @@ class Row:
     ablation: bool = False
 
 
+Cell = tuple[str, int, int, str, str]
+"""(source, bits, group size, task, row)."""
 RANK = 64
 BITS = (4, 3, 2)
 SEEDS = (0, 1, 2)
@@ -127,6 +129,7 @@ ROWS = {
     "paper": Row("LoTA-QAF, paper offset", ("--offset", "paper"), _MOVED, like="none"),
     "default": Row("LoTA-QAF, all settings left out", ()),
     "none": Row("LoTA-QAF, no offset", ("--offset", "none"), _MOVED),
+    "rank128": Row("LoTA-QAF, no offset, rank 128", ("--lora_r", "128"), _MOVED, like="none"),
     "straight": Row("straight-through gradient", ("--surrogate", "straight"), ablation=True),
     "sign": Row("t-SignSGD, beta 0.9", ("--optimizer", "t_signsgd", "--beta", "0.9"), ablation=True),
     "omega12": Row("omega 12 for all matrices", ("--omega", "12"), ablation=True),
@@ -137,7 +140,6 @@ ROWS = {
     "rate05": Row("learning rate 0.5", ("--learning_rate", "0.5"), ablation=True),
     "constant": Row("constant learning rate", ("--lr_scheduler_type", "constant"), ablation=True),
     "rank32": Row("rank 32", ("--lora_r", "32"), ablation=True),
-    "rank128": Row("rank 128", ("--lora_r", "128"), ablation=True),
     "wide": Row("products in 16 bit, not float8", ("--float8", "false"), ablation=True),
 }
 
@@ -190,11 +192,11 @@ def _named(task: Task, file: Path) -> str:
     return str(file) if task.rule is None else f"{task.rule}:{file}"
 
 
-def _cells(sources: Sequence[str], groups: bool = True) -> Iterator[tuple[Source, int, int, str]]:
+def _cells(sources: Sequence[str]) -> Iterator[tuple[Source, int, int, str]]:
     """(source, bits, group size, task), the first group size of all bits and tasks before the others."""
     for name in sources:
         source = SOURCES[name]
-        for group_size in source.groups if groups else source.groups[:1]:
+        for group_size in source.groups:
             for task in source.tasks:
                 for bits in BITS:
                     yield source, bits, group_size, task
@@ -203,21 +205,22 @@ def _cells(sources: Sequence[str], groups: bool = True) -> Iterator[tuple[Source
 def tuning_runs(sources: Sequence[str]) -> list[Run]:
     """Every value to try of every row that is tuned, one seed, measured on validation rows."""
     runs = []
-    for source, bits, group_size, task in _cells(sources, groups=False):
+    for source, bits, group_size, task in _cells(sources):
+        first = bits == BITS[0] and group_size == source.groups[0]
         for name, row in ROWS.items():
-            if row.tuning is None or row.like or (row.dense and bits != BITS[0]):
+            if row.tuning is None or row.like or (row.dense and not first):
                 continue
             place = (16, 0) if row.dense else (bits, group_size)
             runs += [Run(source.name, *place, task, name, 0, "validation", value) for value in row.tuning.values(task)]
     return runs
 
 
-def main_runs(sources: Sequence[str], best: dict[tuple[str, int, str, str], float]) -> list[Run]:
+def main_runs(sources: Sequence[str], best: Mapping[Cell, float]) -> list[Run]:
     """Every cell of the table, seed by seed; a row that is not tuned yet is left out.
 
     Args:
         sources: names of :data:`SOURCES`.
-        best: the tuned values by (source, bits, task, row); a group size takes those of the first.
+        best: the tuned values.
     """
     runs = []
     for seed in SEEDS:
@@ -233,7 +236,7 @@ def main_runs(sources: Sequence[str], best: dict[tuple[str, int, str, str], floa
                 place = (16, 0) if row.dense else (bits, group_size)
                 value = None
                 if row.tuning is not None and row.tuning.values(task):
-                    value = best.get((source.name, place[0], task, row.like or name))
+                    value = best.get((source.name, *place, task, row.like or name))
                     if value is None:
                         continue
                 runs.append(Run(source.name, *place, task, name, seed, "test", value))

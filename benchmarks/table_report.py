@@ -5,23 +5,23 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from table_plan import BITS, ROWS, SOURCES, TASKS
+from table_plan import BITS, ROWS, SOURCES, TASKS, Cell
 
 __all__ = ["best_values", "write_report"]
 
 Result = dict[str, Any]
 
 
-def best_values(results: Iterable[Result]) -> dict[tuple[str, int, str, str], float]:
-    """The tuned value with the best validation figure, by (source, bits, task, row): the loss, or the exact match."""
-    found: dict[tuple[str, int, str, str], tuple[float, float, float]] = {}
+def best_values(results: Iterable[Result]) -> dict[Cell, float]:
+    """The tuned value with the best validation figure, which is the loss or the exact match."""
+    found: dict[Cell, tuple[float, float, float]] = {}
     for result in results:
         if result["split"] == "validation":
-            key = (result["source"], result["bits"], result["task"], result["row"])
+            key = _cell(result, result["row"])
             loss, match = _loss(result, "after"), _match(result, "after") if TASKS[result["task"]].by_match else 0
             here = (-match, loss if math.isfinite(loss) else math.inf, result["value"])
             found[key] = min(found.get(key, here), here)
@@ -52,9 +52,13 @@ def write_report(results: Sequence[Result], root: Path) -> None:
     (root / "table.md").write_text("".join(parts), encoding="utf-8")
 
 
-def _is_chosen(result: Result, best: dict[tuple[str, int, str, str], float]) -> bool:
+def _cell(result: Result, row: str) -> Cell:
+    return (result["source"], result["bits"], result["group_size"], result["task"], row)
+
+
+def _is_chosen(result: Result, best: Mapping[Cell, float]) -> bool:
     """Whether it has the value that is the best by now; more values may have been tried since it was run."""
-    key = (result["source"], result["bits"], result["task"], ROWS[result["row"]].like or result["row"])
+    key = _cell(result, ROWS[result["row"]].like or result["row"])
     return result["value"] is None or result["value"] == best.get(key, result["value"])
 
 
@@ -111,8 +115,8 @@ def _mean(results: Sequence[Result], value: Value, when: str, digits: int) -> st
 def _details(results: Sequence[Result]) -> str:
     """Share moved, mean |mu|, time, size: medians over the seeds."""
     lines = [
-        "| | bits | group | integers moved | mean abs mu | time | tokens/s | merged size | runs |\n",
-        "|---" * 9 + "|\n",
+        "| | bits | group | integers moved | mean abs mu | time | merged size | runs |\n",
+        "|---" * 8 + "|\n",
     ]
     cells = collections.defaultdict(list)
     for result in results:
@@ -134,8 +138,7 @@ def _details(results: Sequence[Result]) -> str:
                 middle("moved", ".2%"),
                 middle("mean_abs_mu", ".3f"),
             ]
-            cellist += [middle("seconds", ".0f") + " s", middle("tokens_per_second", ",.0f")]
-            cellist += [f"{int(size) / 1e6:.2f} MB" if size else "", str(len(found))]
+            cellist += [middle("seconds", ".0f") + " s", f"{int(size) / 1e6:.2f} MB" if size else "", str(len(found))]
             lines.append("| " + " | ".join(cellist) + " |\n")
     return "".join(lines)
 

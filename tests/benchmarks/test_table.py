@@ -39,7 +39,7 @@ def result_of(run: Any, loss: float, **more: Any) -> dict[str, Any]:
 def test_runs_have_names_of_their_own_and_flags_that_train_py_takes(tmp_path: Path) -> None:
     plan = importlib.import_module("table_plan")
     tuning = plan.tuning_runs(list(plan.SOURCES))
-    best = {(run.source, run.bits, run.task, run.row): run.value for run in tuning}
+    best = {(run.source, run.bits, run.group_size, run.task, run.row): run.value for run in tuning}
     runs = tuning + plan.main_runs(list(plan.SOURCES), best)
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
@@ -64,7 +64,7 @@ def test_a_setting_is_chosen_by_validation_rows_alone() -> None:
     losses = {1e-3: 0.9, 2e-3: 0.8, 4e-3: float("nan")}
     results = [result_of(plan.Run("base14m", 4, 64, "gsm8k", "lora", 0, "validation", r), x) for r, x in losses.items()]
     results.append(result_of(plan.Run("base14m", 4, 64, "gsm8k", "lora", 0, "test", 1e-3), 0.1))
-    assert report.best_values(results) == {("base14m", 4, "gsm8k", "lora"): 2e-3}
+    assert report.best_values(results) == {("base14m", 4, 64, "gsm8k", "lora"): 2e-3}
     chosen = plan.main_runs(["base14m"], report.best_values(results))
     assert {run.value for run in chosen if (run.row, run.task, run.bits) == ("lora", "gsm8k", 4)} == {2e-3}
     assert not [run for run in chosen if run.row == "lora" and run.bits == 3]
@@ -94,10 +94,12 @@ def test_where_answers_are_compared_they_are_what_is_tuned_for() -> None:
         for moved, (match, loss) in cases.items()
     ]
     best = report.best_values(results)
-    assert best == {("base14m", 4, "viggo", "none"): 0.4}
+    assert best == {("base14m", 4, 64, "viggo", "none"): 0.4}
     chosen = [run for run in plan.main_runs(["base14m"], best) if (run.task, run.bits) == ("viggo", 4)]
+    assert {run.group_size for run in chosen if run.value} == {64}
+    chosen = [run for run in chosen if run.group_size == 64]
     assert {run.row: run.value for run in chosen} == {
-        "published": None, "reference": 0.4, "paper": 0.4, "default": None, "none": 0.4,
+        "published": None, "reference": 0.4, "paper": 0.4, "default": None, "none": 0.4, "rank128": 0.4,
     }  # fmt: skip
 
 
