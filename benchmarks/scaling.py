@@ -14,11 +14,9 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the p
 import jax
 import jax.numpy as jnp
 from agreement import batch_of
-from common import environment, print_line, write_json
+from common import environment, print_line, timed_steps, write_json
 from models import random_decoder
 
 from lotaqaf_jax.models import Decoder, DecoderConfig, QuantSpec, add_adapters
@@ -94,16 +92,7 @@ def measure(options: argparse.Namespace, layout: tuple[int, int, int]) -> dict[s
         jax.clear_caches()
     rows = options.rows * layout[0] * layout[1]
     step, state, frozen, batch = prepared(options, adapted(options, config, layout, False), rows, options.length)
-    start = time.perf_counter()
-    compiled = step.lower(state, frozen, batch).compile()
-    line["compile_s"] = time.perf_counter() - start
-    times = []
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
-        line["loss"] = float(metrics.loss)
-        times.append(time.perf_counter() - start)
-    line["step_s"] = statistics.median(times[1:])
+    line |= timed_steps(step, state, frozen, batch, options.steps)[2]
     line["tokens_per_s"] = rows * options.length / line["step_s"]
     count = layout[0] * layout[1] * layout[2]
     stats = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.devices()[:count]]

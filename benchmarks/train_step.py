@@ -20,11 +20,9 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that the p
 import jax
 import jax.numpy as jnp
 from agreement import batch_of, step_differences, with_random_adapters
-from common import environment, layer_arguments, print_kernels, print_line, write_json
+from common import environment, layer_arguments, print_kernels, print_line, timed_steps, write_json
 from models import random_decoder
 
 from lotaqaf_jax.models import Decoder, QuantSpec, add_adapters
@@ -86,23 +84,13 @@ def measure(options: argparse.Namespace, recompute: Any, float8: bool, recipe: s
     state = TrainState(adapters, optimizer.init(adapters), jnp.int32(0))
     batch = batch_of(config.vocab_size, options.rows, options.length)
     step = make_train_step(graph, optimizer, recompute=recompute, packed=False, share=share)
-    start = time.perf_counter()
-    compiled = step.lower(state, frozen, batch).compile()
-    line: dict[str, Any] = {"recompute": recompute, "float8": float8, "recipe": recipe}
-    line["compile_s"] = time.perf_counter() - start
-    times = []
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
-        state, metrics = compiled(state, frozen, batch)
-        loss = float(metrics.loss)
-        times.append(time.perf_counter() - start)
-    line["step_s"] = statistics.median(times[1:])
+    compiled, state, timed = timed_steps(step, state, frozen, batch, options.steps)
+    line: dict[str, Any] = {"recompute": recompute, "float8": float8, "recipe": recipe} | timed
     line["tokens_per_s"] = options.rows * options.length / line["step_s"]
     if options.profile:
         line["profile"] = print_kernels(lambda: jax.block_until_ready(compiled(state, frozen, batch)))
     memory = jax.local_devices()[0].memory_stats() or {}
     line["peak_gib"] = memory.get("peak_bytes_in_use", 0) / 2**30
-    line["loss"] = loss
     return line
 
 
