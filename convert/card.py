@@ -21,8 +21,9 @@ _TITLES = {
     "mlx": "mlx-lm",
     "vllm": "vLLM",
     "sglang": "SGLang",
+    "llama.cpp": "llama.cpp",
+    "onnxruntime": "onnxruntime-genai",
 }
-_TITLES |= {"llama.cpp": "llama.cpp"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,8 @@ def loading_lines(found: ModelFolder, runtime: str, name: str) -> str:
         return _shell(f"vllm serve {name}{lora}")
     if runtime == "sglang":
         return _shell(f"python -m sglang.launch_server --model-path {name}")
+    if runtime == "onnxruntime":
+        return _python(_genai(name))
     if runtime == "llama.cpp" and kind == "gguf":
         return _shell(f"llama-cli -m {name}/model.gguf")
     return ""
@@ -157,6 +160,21 @@ def _gptqmodel(kind: str, name: str, offset: str | None) -> list[str]:
         lines.append("from gptqmodel.adapter.adapter import Lora")
         more = f', adapter=Lora(rank=None, path="{offset}")'
     return [*lines, f'model = GPTQModel.load("{name}", backend={backend}{more})']
+
+
+def _genai(name: str) -> list[str]:
+    return [
+        "import onnxruntime_genai as og",
+        f'model = og.Model("{name}")',
+        "tokenizer = og.Tokenizer(model)",
+        "params = og.GeneratorParams(model)",
+        "params.set_search_options(max_length=64)",
+        "generator = og.Generator(model, params)",
+        'generator.append_tokens(tokenizer.encode("Once upon a time"))',
+        "while not generator.is_done():",
+        "    generator.generate_next_token()",
+        "print(tokenizer.decode(generator.get_sequence(0)))",
+    ]
 
 
 def _python(lines: Sequence[str]) -> str:

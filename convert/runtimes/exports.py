@@ -15,6 +15,7 @@ __all__ = ["EXPORTS", "exported"]
 
 _MLX_GROUPS = (32, 64, 128)
 _GGUF_BLOCK = 32
+_ONNX_BLOCK = 16
 
 
 def exported(folder: ModelFolder, target: str) -> ModelFolder | None:
@@ -91,6 +92,14 @@ def _gguf(folder: ModelFolder) -> ModelFolder | None:
     return dataclasses.replace(_other(folder, "gguf", {}, {}), gguf=(folder.path / "model.gguf",))
 
 
+def _onnx(folder: ModelFolder) -> ModelFolder | None:
+    """MatMulNBits: blocks of a power of two of at least 16 rows, of which groups may take several."""
+    lengths = [module.shape[0] if module.group_size == -1 else module.group_size for module in folder.modules]
+    if any(length % _ONNX_BLOCK for length in lengths):
+        return None
+    return _other(folder, "onnx", {}, {})
+
+
 def _hf16(folder: ModelFolder) -> ModelFolder | None:
     """Dequantised, mu added."""
     return _other(folder, "16-bit", _renamed(folder, {"qweight": "weight"}), folder.config)
@@ -115,4 +124,13 @@ def _renamed(folder: ModelFolder, parts: dict[str, str]) -> dict[str, tuple[int,
     return found
 
 
-EXPORTS = {"gptq": _gptq, "gptq8": _gptq8, "peft": _peft, "awq": _awq, "mlx": _mlx, "gguf": _gguf, "hf16": _hf16}
+EXPORTS = {
+    "gptq": _gptq,
+    "gptq8": _gptq8,
+    "peft": _peft,
+    "awq": _awq,
+    "mlx": _mlx,
+    "gguf": _gguf,
+    "onnx": _onnx,
+    "hf16": _hf16,
+}

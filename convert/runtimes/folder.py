@@ -23,7 +23,8 @@ from lotaqaf_jax.quant.zeros import decode_zeros
 
 __all__ = ["Kind", "ModelFolder", "Module", "read_folder"]
 
-Kind = Literal["gptq", "awq", "mlx", "compressed-tensors", "16-bit", "gguf", "other"]
+_GENAI_CONFIG = "genai_config.json"
+Kind = Literal["gptq", "awq", "mlx", "compressed-tensors", "16-bit", "gguf", "onnx", "other"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class ModelFolder:
     Attributes:
         path: the folder.
         kind: the format of its weights; "other" for a ``quant_method`` that is not told apart here.
-        config: config.json; empty where there is none.
+        config: config.json, of an ONNX folder genai_config.json; empty where there is none.
         quantization: the quantisation config as written: config.json's, else quantize_config.json.
         embedded: whether config.json holds it.
         rules: the same, read, for a GPTQ folder whose format this package reads.
@@ -104,7 +105,7 @@ def read_folder(path: str | Path) -> ModelFolder:
 
     Args:
         path: the folder of a model: GPTQ with or without ``offset_adapter/``, AWQ, MLX, compressed-tensors, 16 bit, or
-            with a ``.gguf`` file.
+            with a ``.gguf`` file, or of onnxruntime-genai.
 
     Raises:
         CheckpointError: no such folder, or it holds no model, or a damaged one.
@@ -117,9 +118,13 @@ def read_folder(path: str | Path) -> ModelFolder:
         )
     gguf = tuple(sorted(path.glob("*.gguf")))
     if not any(path.glob("*.safetensors")):
-        if not gguf:
-            raise CheckpointError(f"{path}: holds neither .safetensors nor .gguf files. Pass a model's folder.")
-        return ModelFolder(path, "gguf", gguf=gguf)
+        if gguf:
+            return ModelFolder(path, "gguf", gguf=gguf)
+        if not (path / _GENAI_CONFIG).is_file():
+            raise CheckpointError(
+                f"{path}: holds neither .safetensors nor .gguf files, nor {_GENAI_CONFIG}. Pass a model's folder."
+            )
+        return ModelFolder(path, "onnx", config=_genai(path))
     config = read_json(path / "config.json")
     embedded = config.get("quantization_config")
     beside = path / "quantize_config.json"
@@ -146,6 +151,17 @@ def read_folder(path: str | Path) -> ModelFolder:
     elif found.kind == "awq":
         found = dataclasses.replace(found, modules=tuple(_awq_modules(found)))
     return found
+
+
+def _genai(path: Path) -> dict[str, Any]:
+    config = read_json(path / _GENAI_CONFIG)
+    graph = (config.get("model") or {}).get("decoder", {}).get("filename")
+    if not graph or not (path / graph).is_file():
+        raise CheckpointError(
+            f"{path / _GENAI_CONFIG}: found {graph!r} as model.decoder.filename, expected a file beside it. Export the "
+            "model again."
+        )
+    return config
 
 
 def _kind(config: Mapping[str, Any], quantization: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Kind:

@@ -1,7 +1,7 @@
 """Which runtime loads what: the one table of runtimes, their versions and rules, and the verdict by it.
 
-Source: the loaders of the named versions. GPTQModel, transformers (with optimum and PEFT) and mlx-lm were run; vLLM and
-SGLang, which need a card, were read.
+Source: the loaders of the named versions. GPTQModel, transformers (with optimum and PEFT), mlx-lm and onnxruntime-genai
+were run; vLLM and SGLang, which need a card, were read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _NAMES: dict[Kind, str] = {
     "compressed-tensors": "compressed-tensors",
     "16-bit": "16-bit",
     "gguf": "GGUF",
+    "onnx": "ONNX",
 }
 
 
@@ -270,6 +271,12 @@ RUNTIMES: Mapping[str, Runtime] = {
             "16-bit": "a .gguf file is loaded, nothing else; llama.cpp's convert_hf_to_gguf.py makes one of it.",
         },
     ),
+    "onnxruntime": Runtime(
+        "0.18.0",
+        "run",
+        {"onnx": ()},
+        {"onnx": (rules.onnx_tokens,)},
+    ),
 }
 
 
@@ -277,7 +284,8 @@ def check_runtime(folder: str | Path, runtime: str) -> Verdict:
     """Whether a runtime loads a model folder and computes it right, without loading weights.
 
     Args:
-        folder: GPTQ (with or without ``offset_adapter/``), AWQ, MLX, compressed-tensors, 16 bit, or with a ``.gguf``.
+        folder: GPTQ (with or without ``offset_adapter/``), AWQ, MLX, compressed-tensors, 16 bit, with a ``.gguf``, or
+            of onnxruntime-genai.
         runtime: one of ``RUNTIMES``.
 
     Returns:
