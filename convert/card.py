@@ -165,8 +165,9 @@ def _gptqmodel(kind: str, name: str, offset: str | None) -> list[str]:
 def _genai(name: str) -> list[str]:
     return [
         "import onnxruntime_genai as og",
+        "from transformers import AutoTokenizer",
         f'model = og.Model("{name}")',
-        "tokenizer = og.Tokenizer(model)",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "params = og.GeneratorParams(model)",
         "params.set_search_options(max_length=64)",
         "generator = og.Generator(model, params)",

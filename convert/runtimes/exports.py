@@ -15,7 +15,7 @@ __all__ = ["EXPORTS", "exported"]
 
 _MLX_GROUPS = (32, 64, 128)
 _GGUF_BLOCK = 32
-_ONNX_BLOCK = 16
+_ONNX_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def exported(folder: ModelFolder, target: str) -> ModelFolder | None:
@@ -93,9 +93,8 @@ def _gguf(folder: ModelFolder) -> ModelFolder | None:
 
 
 def _onnx(folder: ModelFolder) -> ModelFolder | None:
-    """MatMulNBits: blocks of a power of two of at least 16 rows, of which groups may take several."""
-    lengths = [module.shape[0] if module.group_size == -1 else module.group_size for module in folder.modules]
-    if any(length % _ONNX_BLOCK for length in lengths):
+    """MatMulNBits: groups are one or several blocks of at least 16 rows."""
+    if any((m.shape[0] % 16 if m.group_size == -1 else m.group_size not in _ONNX_GROUPS) for m in folder.modules):
         return None
     return _other(folder, "onnx", {}, {})
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from convert.runtimes.folder import ModelFolder, Module
-from lotaqaf_jax.quant.folder import read_json
 
 __all__ = [
     "FUSED",
@@ -39,7 +38,6 @@ __all__ = [
     "no_dynamic",
     "not_planar",
     "on_marlin",
-    "onnx_tokens",
     "parts_alike",
     "strict_names",
     "symmetric_widths",
@@ -366,18 +364,6 @@ def gguf_magic(folder: ModelFolder) -> Iterator[str]:
                 start = file.read(8)
             if start[:4] != b"GGUF" or int.from_bytes(start[4:], "little") not in (2, 3):
                 yield f"{path.name}: does not begin as a GGUF file of version 2 or 3 does."
-
-
-def onnx_tokens(folder: ModelFolder) -> Iterator[str]:
-    """onnxruntime-genai reads tokenizer.json with a program of its own, which was compared for byte-level BPE."""
-    path = folder.path / "tokenizer.json"
-    if not path.is_file():
-        yield "there is no tokenizer.json: it takes token ids only."
-    elif (read_json(path).get("decoder") or {}).get("type") != "ByteLevel":
-        yield (
-            "its tokenizer is not byte-level BPE, and of others onnxruntime-genai has made other tokens than "
-            "transformers, in silence: compare them, or pass it token ids."
-        )
 
 
 def strict_names(folder: ModelFolder) -> Iterator[str]:

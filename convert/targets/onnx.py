@@ -90,9 +90,7 @@ def _modules(model: Decoder, progress: bool) -> dict[str, Dense | Packed]:
         for name, weight, i in bar:
             if block_rows(weight.shape[0], weight.group_size) < SMALLEST_BLOCK:
                 raise _refused(
-                    name,
-                    f"has groups of {weight.group_size} of {weight.shape[0]} inputs, MatMulNBits "
-                    f"holds multiples of {SMALLEST_BLOCK}",
+                    name, f"has {weight.shape[0]} inputs in one group, it holds multiples of {SMALLEST_BLOCK}"
                 )
             found = matrix(host_weight(take(weight, i)))
             if found is None:
@@ -127,6 +125,7 @@ def _error(written: Matrix, weight: HostWeight) -> float:
 ONNX = Target(
     name="onnx",
     title="ONNX for CPUs, MatMulNBits",
+    group_sizes=(16, 32, 64, 128, 256, 512, 1024, -1),
     offset="as sums of groups beside each product",
     exact="yes",
     runtimes=("ONNX Runtime", "onnxruntime-genai"),

@@ -1,9 +1,9 @@
 """The graph of a decoder in ONNX, by the model builder of onnxruntime-genai, with the weights that it is given.
 
-The builder reads GPTQ folders too, but goes through float16 for every weight, has no place for mu, and takes neither
-folders in which some projections are dense nor 3 bit. So it is handed its modules ready-made: what its loaders make of
-a folder is an object with the attributes below, and the method that gets it, ``load_weights``, is there to be
-overridden. Another method, ``make_matmul``, is overridden for what is put around MatMulNBits.
+The builder reads GPTQ folders too, but in asymmetric ones gets some zero points wrong, has no place for mu, and takes
+neither 3 bit, a partial last group nor dense projections among quantised ones. So a subclass hands it its modules ready-made, in place of what
+its loaders make of a folder (``load_weights``), and adds what is put around MatMulNBits (``make_matmul``). These are
+not its documented interface, hence the check of its version.
 
 Source: onnxruntime-genai 0.18, ``onnxruntime_genai.models.builders``.
 """
@@ -27,6 +27,7 @@ __all__ = ["FILES", "Dense", "Packed", "build_graph", "onnx_packages", "read_mat
 
 FILES = ("model.onnx", "model.onnx.data", "genai_config.json")
 
+_VERSION = "0.18"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -109,11 +110,19 @@ def onnx_packages() -> Any:
     """The module ``onnxruntime_genai.models.builders``.
 
     Raises:
-        ConfigError: a package that it needs is not installed.
+        ConfigError: a package that it needs is not installed, or it is of another version.
     """
     try:
         import onnx_ir  # noqa: F401
+        import onnxruntime_genai
         import torch  # noqa: F401
+
+        found = onnxruntime_genai.__version__
+        if not found.startswith(f"{_VERSION}."):
+            raise ConfigError(
+                f"--target onnx: found onnxruntime-genai {found}, expected {_VERSION}, whose model builder is used; "
+                "pip install 'lotaqaf_jax[onnx]'."
+            )
         from onnxruntime_genai.models import builders
     except ImportError as missing:
         raise ConfigError(

@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
 @pytest.mark.parametrize(
     ("target", "loads", "refused"),
     [
-        ("mlx", ["mlx-lm"], ["vLLM", "SGLang", "transformers", "GPTQModel", "llama.cpp"]),
-        ("awq", ["vLLM", "SGLang", "transformers", "GPTQModel", "mlx-lm"], ["llama.cpp"]),
-        ("hf16", ["vLLM", "SGLang", "transformers", "mlx-lm"], ["GPTQModel", "llama.cpp"]),
+        ("mlx", ["mlx-lm"], ["vLLM", "SGLang", "transformers", "GPTQModel", "llama.cpp", "onnxruntime-genai"]),
+        ("awq", ["vLLM", "SGLang", "transformers", "GPTQModel", "mlx-lm"], ["llama.cpp", "onnxruntime-genai"]),
+        ("hf16", ["vLLM", "SGLang", "transformers", "mlx-lm"], ["GPTQModel", "llama.cpp", "onnxruntime-genai"]),
     ],
 )
 def test_a_runtime_has_lines_or_a_reason(tmp_path: Path, target: str, loads: list[str], refused: list[str]) -> None:

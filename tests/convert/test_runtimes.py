@@ -139,6 +139,14 @@ def gguf(path: Path, start: bytes = b"GGUF\x03\0\0\0") -> Path:
     return path
 
 
+def onnx(path: Path, named: str = "model.onnx") -> Path:
+    """As onnxruntime-genai loads it."""
+    path.mkdir()
+    (path / "model.onnx").write_bytes(b"")
+    (path / "genai_config.json").write_text(json.dumps({"model": {"decoder": {"filename": named}}}))
+    return path
+
+
 def scattered(n_in: int = HIDDEN) -> np.ndarray:
     return (np.arange(n_in, dtype=np.int32) // 32)[::-1].copy()
 
@@ -277,6 +285,9 @@ OTHERS: dict[str, tuple[str, Callable[[Path], Path], str | None]] = {
     "no gguf on sglang": ("sglang", lambda path: gguf(path, b"GGML\x03\0\0\0"), "does not begin as a GGUF file"),
     "no gguf on transformers": ("transformers", lambda path: gguf(path, b"GGML\x03\0\0\0"), "does not begin as"),
     "gguf of version 1": ("llama.cpp", lambda path: gguf(path, b"GGUF\x01\0\0\0"), "does not begin as a GGUF file"),
+    "onnx on onnxruntime": ("onnxruntime", onnx, None),
+    "onnx on transformers": ("transformers", onnx, "ONNX folders are not loaded"),
+    "16 bit on onnxruntime": ("onnxruntime", dense, "16-bit folders are not loaded"),
     "compressed-tensors on vllm": ("vllm", lambda path: compressed(path, "static"), None),
     "compressed-tensors in act-order": ("vllm", lambda path: compressed(path, "group"), "actorder is 'group'"),
     "compressed-tensors tensor": ("vllm", lambda path: compressed(path, None, "mu"), "mu: no parameter of the model"),
@@ -330,7 +341,10 @@ def test_notes_name_what_is_needed(tmp_path: Path) -> None:
 
 
 TARGETS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "symmetric": ({}, {"vllm": "gptq gptq8 awq hf16", "mlx": "awq mlx hf16", "llama.cpp": "gguf"}),
+    "symmetric": (
+        {},
+        {"vllm": "gptq gptq8 awq hf16", "mlx": "awq mlx hf16", "llama.cpp": "gguf", "onnxruntime": "onnx"},
+    ),
     "asymmetric": ({"sym": False, "zero": 5}, {"vllm": "gptq8 awq hf16", "gptqmodel": "gptq gptq8 awq"}),
     # mu leaves no place for AWQ's integer zero points; the LoRA helps where the GPTQ folder loads.
     "asymmetric with mu": (
@@ -344,10 +358,11 @@ TARGETS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "act-order": (
         {"desc_act": True, "tensors": {f"{Q}.g_idx": scattered()}},
-        {"vllm": "hf16", "sglang": "gptq gptq8 hf16", "mlx": "hf16", "llama.cpp": ""},
+        {"vllm": "hf16", "sglang": "gptq gptq8 hf16", "mlx": "hf16", "llama.cpp": "", "onnxruntime": "onnx"},
     ),
     "8 bit": ({"bits": 8}, {"vllm": "gptq hf16", "mlx": "mlx hf16", "llama.cpp": ""}),
-    "groups of 16": ({"group_size": 16}, {"vllm": "hf16", "mlx": "hf16", "llama.cpp": ""}),
+    "groups of 16": ({"group_size": 16}, {"vllm": "hf16", "mlx": "hf16", "llama.cpp": "", "onnxruntime": "onnx"}),
+    "groups of 8": ({"group_size": 8}, {"vllm": "hf16", "onnxruntime": ""}),
     "one group": ({"group_size": -1}, {"vllm": "gptq gptq8 awq hf16", "mlx": "hf16", "llama.cpp": "gguf"}),
     "a group left over": ({"modules": {DOWN: (144, HIDDEN)}}, {"vllm": "hf16", "mlx": "hf16", "llama.cpp": ""}),
 }
@@ -419,6 +434,8 @@ def test_what_is_no_model_is_an_error(tmp_path: Path) -> None:
         convert.check_runtime(tmp_path / "nowhere", "vllm")
     with pytest.raises(CheckpointError, match=r"neither .safetensors nor .gguf"):
         convert.check_runtime(tmp_path, "vllm")
+    with pytest.raises(CheckpointError, match=r"genai_config.json: found 'decoder.onnx' as model.decoder.filename"):
+        convert.check_runtime(onnx(tmp_path / "onnx", named="decoder.onnx"), "onnxruntime")
     folder = gptq(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="header cannot be read"):

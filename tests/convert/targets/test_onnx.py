@@ -26,6 +26,7 @@ from lotaqaf_jax.quant.weight import group_length, trivial_g_idx
 from tests.convert.making import adapter_model, checkpoint
 from tests.convert.targets.gguf_making import LLAMA3, config, merged, tokenizer_folder
 from tests.convert.targets.test_targets import steps_off, stream
+from tests.models.test_loading import HEAD, load, quantize_head, rewritten
 from tests.models.tiny import quantized_decoder
 
 SCALED = LLAMA3 | {"original_max_position_embeddings": 32}  # so that 24 tokens show it
@@ -40,7 +41,7 @@ MADE: dict[str, tuple[dict[str, Any], QuantSpec]] = {
     "qwen2, tied, 2 bit": ({"model_type": "qwen2"} | TIED, QuantSpec(2, 32)),
     "llama, 3 bit, scaled frequencies": (SCALES, QuantSpec(3, 16)),
     "llama, tied, 4 bit, one group, biases": (TIED | BIASES, QuantSpec(4, -1)),
-    "qwen2, 8 bit, act-order, groups of 48": ({"model_type": "qwen2"}, QuantSpec(8, 48, act_order=True)),
+    "qwen2, 8 bit, act-order": ({"model_type": "qwen2"}, QuantSpec(8, 64, act_order=True)),
 }
 
 
@@ -138,6 +139,17 @@ def test_weights_and_logits_are_the_model_s(tmp_path: Path, name: str) -> None:
 
 
 @needs_packages
+def test_a_quantised_head_and_an_embedding_in_bfloat16(tmp_path: Path) -> None:
+    model = load(rewritten(tmp_path, quantize_head, quantization=HEAD))
+    embedding = model.embed_tokens.weight
+    embedding.set_value(embedding.get_value().astype("bfloat16"))
+    assert "lm_head" in save(model, tmp_path / "out").errors
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)
+    ours = np.asarray(model(ids))
+    assert np.max(np.abs(ours - logits(tmp_path / "out", ids))) <= 5e-5 * np.mean(np.abs(ours))
+
+
+@needs_packages
 def test_what_lies_beside_the_graph(tmp_path: Path) -> None:
     base, model = CheckpointFolder(checkpoint(CHECKPOINTS["act-order"]) or ""), made("act-order")[0]
     save(model, tmp_path / "alone", base=base)
@@ -201,6 +213,7 @@ def test_what_the_builder_does_not_take_is_refused(tmp_path: Path) -> None:
 
 
 @needs_packages
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_scales_beyond_all_range_are_refused(tmp_path: Path) -> None:
     model = quantized_decoder(config(), QuantSpec(4, 32))
     _, linear, _ = next(named_linears(model))
@@ -212,9 +225,11 @@ def test_scales_beyond_all_range_are_refused(tmp_path: Path) -> None:
 
 @needs_packages
 def test_groups_below_a_block_are_refused(tmp_path: Path) -> None:
-    model = quantized_decoder(config(), QuantSpec(4, 8))
-    with pytest.raises(ConfigError, match="has groups of 8 of 64 inputs, MatMulNBits holds multiples of 16"):
-        save(model, tmp_path / "out")
+    with pytest.raises(ConfigError, match="groups of 8 rows, it holds 16, 32, 64"):
+        save(quantized_decoder(config(), QuantSpec(4, 8)), tmp_path / "out")
+    odd = quantized_decoder(config(intermediate_size=72), QuantSpec(4, -1))
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj has 72 inputs in one group.* multiples of 16"):
+        save(odd, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,6 +245,14 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     model = quantized_decoder(config(), QuantSpec(4, 32))
     with pytest.raises(ConfigError, match=rf"{package}.* is not installed; pip install 'lotaqaf_jax\[onnx\]'"):
         save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_packages
+def test_another_version_of_the_builder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime_genai.__version__", "0.19.1")
+    with pytest.raises(ConfigError, match=r"found onnxruntime-genai 0\.19\.1, expected 0\.18"):
+        save(quantized_decoder(config(), QuantSpec(4, 32)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
