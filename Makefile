@@ -21,8 +21,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Opens what we write with GPTQModel, transformers and PEFT, which live in an environment of their own, reads what
-# compressed-tensors, mlx-lm and GPTQModel's AWQ write, and runs lm-eval's tasks on a model of ours.
+# Opens what we write with GPTQModel, transformers and PEFT, mlx-lm and ONNX Runtime, which live in an environment of
+# their own, reads what compressed-tensors, mlx-lm and GPTQModel's AWQ write, and runs lm-eval's tasks on a model of ours.
 interop: $(VENV)/.installed-eval $(INTEROP_VENV)/.installed
 	LOTAQAF_INTEROP_PYTHON=$(abspath $(INTEROP_VENV)/bin/python) $(BIN)/python -m pytest -n 2 --dist loadfile tests/interop --run-interop
 
@@ -51,7 +51,7 @@ $(INTEROP_VENV)/.installed: constraints-interop.txt $(VENV)/bin/python
 	$(PYTHON) -m venv $(INTEROP_VENV)
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt torch numpy
 	$(INTEROP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-interop.txt \
-		'gptqmodel==7.6.0' peft optimum transformers gguf compressed-tensors 'mlx[cpu]' mlx-lm
+		'gptqmodel==7.6.0' peft optimum transformers gguf compressed-tensors 'mlx[cpu]' mlx-lm onnxruntime-genai
 	touch $@
 
 clean:

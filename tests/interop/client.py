@@ -5,7 +5,8 @@
 A job: {"kind", "folder", "adapter" or null, "bits", "input_ids" (.npy), "output" (.npy)}. kind "transformers": float32,
 GPTQModel's exact torch kernel, the adapter by PEFT. kinds "dense" and "gguf": the same of 16 bit, and of a GGUF file.
 kind "gptqmodel": GPTQModel's own loader and adapters, float16. kinds "awq" and "awq-gptqmodel": the two of AWQ, with
-the exact kernel for that. kind "mlx": mlx-lm on the CPU.
+the exact kernel for that. kind "mlx": mlx-lm on the CPU. kind "onnx": ONNX Runtime, all at once. kind "onnx-genai":
+onnxruntime-genai, one token after the other.
 """
 
 from __future__ import annotations
@@ -59,6 +60,36 @@ def logits_by_mlx(job: dict[str, Any]) -> np.ndarray:
     return np.array(model(mx.array(np.load(job["input_ids"]))).astype(mx.float32))
 
 
+def logits_by_onnxruntime(job: dict[str, Any]) -> np.ndarray:
+    from pathlib import Path
+
+    import onnxruntime
+
+    folder, ids = Path(job["folder"]), np.load(job["input_ids"]).astype(np.int64)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    empty = np.zeros((len(ids), decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+    given = {one.name: empty for one in session.get_inputs() if one.name.startswith("past_key_values")}
+    return session.run(["logits"], given | {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+
+
+def logits_by_genai(job: dict[str, Any]) -> np.ndarray:
+    import onnxruntime_genai as og
+
+    model = og.Model(job["folder"])
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=64)
+    rows = []
+    for row in np.load(job["input_ids"]):
+        generator = og.Generator(model, params)
+        logits = []
+        for token in row:
+            generator.append_tokens([int(token)])
+            logits.append(generator.get_logits()[0, -1])
+        rows.append(logits)
+    return np.array(rows, np.float32)
+
+
 def logits_by_torch(job: dict[str, Any]) -> np.ndarray:
     model = (with_gptqmodel if job["kind"].endswith("gptqmodel") else with_transformers)(job)
     model.eval()
@@ -67,13 +98,16 @@ def logits_by_torch(job: dict[str, Any]) -> np.ndarray:
     return logits.float().numpy()
 
 
+READERS = {"mlx": logits_by_mlx, "onnx": logits_by_onnxruntime, "onnx-genai": logits_by_genai}
+
+
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
     failed = {}
     for job in jobs:
         try:
-            np.save(job["output"], (logits_by_mlx if job["kind"] == "mlx" else logits_by_torch)(job))
+            np.save(job["output"], READERS.get(job["kind"], logits_by_torch)(job))
         except Exception:
             failed[job["output"]] = traceback.format_exc()
     with open(sys.argv[1] + ".failed", "w", encoding="utf-8") as file:

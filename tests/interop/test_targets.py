@@ -18,6 +18,7 @@ from lotaqaf_jax.models import Decoder, QuantSpec, merge
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
+from tests.convert.targets.gguf_making import changed_tokenizer, config, split
 from tests.interop.conftest import SIZES, run_client, with_tokenizer
 from tests.interop.test_clients import TOLERANCE as TOLERANCES
 from tests.interop.test_clients import distance
@@ -30,11 +31,14 @@ CLIENTS = {
     "awq": ("awq", "awq-gptqmodel"),
     "mlx": ("mlx",),
     "gguf": ("gguf",),
+    "onnx": ("onnx", "onnx-genai"),
     "hf16": ("dense",),
 }
-# Runtimes whose lines run here, by the folder: transformers and GPTQModel, twice; mlx-lm; transformers; the last two.
-CARDS = {"merged": 2, "gptq8": 2, "mlx": 1, "gguf": 1, "hf16": 2}
+# Runtimes whose lines run here, by the folder: transformers and GPTQModel, twice; mlx-lm; transformers;
+# onnxruntime-genai; transformers and mlx-lm.
+CARDS = {"merged": 2, "gptq8": 2, "mlx": 1, "gguf": 1, "onnx": 1, "hf16": 2}
 TOLERANCE = TOLERANCES | {"dense": 1e-3, "awq": 0.02, "awq-gptqmodel": 0.03, "gguf": 0.02, "mlx": 0.03}
+TOLERANCE |= {"onnx": 1e-4, "onnx-genai": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,18 @@ CASES = (
     Case("random-qwen2-b2g64", "reference", "mlx"),
     Case("random-llama-b8g128", "reference", "mlx"),
     Case("random-qwen2-b2g64", "none", "gptq8"),
+    Case(TRAINED, "none", "onnx"),
+    Case(TRAINED, "reference", "onnx"),
+    Case("ckpt-llamapos-b4g32-asym", "reference", "onnx"),
+    Case("ckpt-llamapos-b3g32-asym", "none", "onnx"),
+    Case("ckpt-llama-b4g32-asym-desc", "reference", "onnx"),
+    Case("ckpt-qwen2-b8g64-sym-partial", "reference", "onnx"),
+    Case("random-llama-b8g128", "reference", "onnx"),
+    Case("random-qwen2-b2g64", "reference", "onnx"),
+    Case("random-llama-b4g64-tied", "reference", "onnx"),
+    Case("random-llama-b8g32-tied", "none", "onnx"),
+    Case("random-qwen2-b4g64-untied", "reference", "onnx"),
+    Case("random-qwen2-b8g32-untied", "none", "onnx"),
 )
 
 
@@ -79,10 +95,11 @@ def merged(case: Case, root: Path) -> tuple[CheckpointFolder, Decoder]:
             assert train.main(flags) == 0
         return CheckpointFolder(output / "merged"), convert.load_merged(output / "merged", progress=False)
     if case.base.startswith("random"):
-        _, kind, grid = case.base.split("-")
+        _, kind, grid, *ties = case.base.split("-")
+        tied = ties == ["tied"] if ties else kind == "qwen2"
         bits, group_size = map(int, grid[1:].split("g"))
         sizes = SIZES | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-        config = DecoderConfig.from_hf({"model_type": kind, "tie_word_embeddings": kind == "qwen2"} | sizes)
+        config = DecoderConfig.from_hf({"model_type": kind, "tie_word_embeddings": tied} | sizes)
         path = root / "bases" / case.base
         if not path.is_dir():
             model = quantized_decoder(config, QuantSpec(bits, group_size))
@@ -167,14 +184,14 @@ print(json.dumps(failed))
 
 
 def test_the_lines_of_the_cards_load_their_folders(tmp_path: Path, client_python: str) -> None:
-    """Those of transformers, GPTQModel and mlx-lm, run as they stand in README.md, from the folder above."""
+    """Those of all software that is here, run as they stand in README.md, from the folder above."""
     flags = ["--max_steps", "2", "--offset", "reference", "--output_dir", str(tmp_path / "run")]
     assert train.main(flags) == 0
     base = CheckpointFolder(tmp_path / "run" / "merged")
     model = convert.load_merged(base.path, progress=False)
     (tmp_path / "run" / "merged").rename(tmp_path / "merged")
     base = CheckpointFolder(tmp_path / "merged")
-    for target in ("gptq8", "mlx", "gguf", "hf16"):
+    for target in ("gptq8", "mlx", "gguf", "onnx", "hf16"):
         given = {"base": base, "target": target, "allow_lossy": True, "progress": False}
         convert.save_pretrained(model, tmp_path / target, **given)
     blocks = {name: (tmp_path / name / "README.md").read_text().count("```python") for name in CARDS}
@@ -190,3 +207,46 @@ def test_the_lines_of_the_cards_load_their_folders(tmp_path: Path, client_python
     assert run.returncode == 0, run.stderr[-3000:]
     failed = json.loads(run.stdout.splitlines()[-1])
     assert not failed, "\n".join(failed.values())
+
+
+TOKENS = """
+import json, sys
+import onnxruntime_genai as og
+from transformers import AutoTokenizer
+texts = json.loads(sys.argv[1])
+wrong = []
+for path in sys.argv[2:]:
+    theirs, expected = og.Tokenizer(og.Model(path)), AutoTokenizer.from_pretrained(path)
+    for text in texts:
+        found = [int(token) for token in theirs.encode(text)]
+        if found != expected.encode(text):
+            wrong.append([path, text, found, expected.encode(text)])
+        back = expected.decode(found, skip_special_tokens=True)
+        if theirs.decode(found) != back:
+            wrong.append([path, text, theirs.decode(found), back])
+print(json.dumps(wrong))
+"""
+TEXTS = [
+    "Hello, it's 1234567 apples!",
+    "  two  spaces\n\nand lines\r\n ",
+    "äöü 漢字 <s></s>",
+    "<|im_start|>user\nhi<|im_end|>\n",
+]
+
+
+def test_onnxruntime_makes_the_tokens_of_transformers(tmp_path: Path, client_python: str) -> None:
+    """Of byte-level BPE that cuts text as Llama 3 and Qwen2 do."""
+    for name, digits in (("llama", r"\p{N}{1,3}"), ("qwen2", r"\p{N}")):
+        source = changed_tokenizer(tmp_path / f"{name}.base", pre_tokenizer=split(digits))
+        model = quantized_decoder(config(name), QuantSpec(4, 32))
+        convert.save_pretrained(model, tmp_path / name, tokenizer_from=source, target="onnx", progress=False)
+    run = subprocess.run(
+        [client_python, "-c", TOKENS, json.dumps(TEXTS), "llama", "qwen2"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == []
