@@ -1,9 +1,9 @@
 """The graph of a decoder in ONNX, by the model builder of onnxruntime-genai, with the weights that it is given.
 
 The builder reads GPTQ folders too, but in asymmetric ones gets some zero points wrong, has no place for mu, and takes
-neither 3 bit, a partial last group nor dense projections among quantised ones. So a subclass hands it its modules ready-made, in place of what
-its loaders make of a folder (``load_weights``), and adds what is put around MatMulNBits (``make_matmul``). These are
-not its documented interface, hence the check of its version.
+neither 3 bit, a partial last group nor dense projections among quantised ones. So a subclass hands it its modules
+ready-made, in place of what its loaders make of a folder (``load_weights``), and adds what is put around MatMulNBits
+(``make_matmul``). These are not its documented interface, hence the check of its version.
 
 Source: onnxruntime-genai 0.18, ``onnxruntime_genai.models.builders``.
 """
