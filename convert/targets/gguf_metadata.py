@@ -1,8 +1,9 @@
 """What a GGUF file says of a model beside its tensors: its sizes, and its tokenizer.
 
 llama.cpp has no tokenizer.json. It has a few kinds of tokenizer of its own, and the file names one of them and gives
-it tokens and merges. Of byte-level BPE it has the kind ``gpt2``, with a regular expression by name for the cut into
-words; other kinds are refused, since a model that is given other tokens than it was trained on fails in silence.
+it tokens, and merges or scores. Byte-level BPE is the kind ``gpt2``, with a regular expression by name for the cut into
+words; BPE of SentencePiece is the kind ``llama``. Others are refused, since a model that is given other tokens than it
+was trained on fails in silence.
 
 Source: the GGUF specification of ggml; keys as llama.cpp's converter writes them for ``llama`` and ``qwen2``.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.targets.gguf_sentencepiece import kind_of, misfits, scores, space_prefix
 from convert.targets.target import Source
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import DecoderConfig
@@ -35,17 +37,21 @@ _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A byte-level BPE tokenizer as the file has it.
+    """A tokenizer as the file has it.
 
     Attributes:
-        pre: llama.cpp's name for how text is cut into words.
+        pre: llama.cpp's name for how text is cut into words; ``default`` for SentencePiece, which does not cut.
         tokens: one for every row of the embedding; rows that the tokenizer does not use are ``[PAD<id>]``.
         types: ``TokenType`` of each, by name.
+        scores: of each; None for byte-level BPE, which has merges.
+        space_prefix: whether SentencePiece puts a space before a text.
     """
 
     pre: str
     tokens: Sequence[str]
     types: Sequence[str]
+    scores: Sequence[float] | None = None
+    space_prefix: bool = False
 
 
 def gguf_package() -> Any:
@@ -120,19 +126,31 @@ def read_tokenizer(folder: Path | None, vocab_size: int) -> Tokenizer | None:
     if wrong is not None:
         raise ConfigError(
             f"--target gguf: {folder / 'tokenizer.json'} {wrong}, expected byte-level BPE, as Llama 3 and Qwen2 have "
-            "it. Use another target, or export from a copy of the folder without tokenizer files: the file then has "
-            "no tokenizer."
+            "it, or SentencePiece's, as Llama 2 has it. Use another target, or export from a copy of the folder "
+            "without tokenizer files: the file then has no tokenizer."
         )
-    tokens = {id_: (token, "NORMAL") for token, id_ in said["model"]["vocab"].items()}
+    model, by_bytes = said["model"], _is_byte_level(said)
+    tokens = {id_: (token, "NORMAL" if by_bytes else kind_of(token, model)) for token, id_ in model["vocab"].items()}
     for token in said.get("added_tokens") or ():
-        tokens[token["id"]] = (token["content"], "CONTROL" if token.get("special") else "USER_DEFINED")
+        if tokens.get(token["id"], ("", ""))[1] != "UNKNOWN":
+            tokens[token["id"]] = (token["content"], "CONTROL" if token.get("special") else "USER_DEFINED")
     if max(tokens, default=0) >= vocab_size:
         raise ConfigError(
             f"--target gguf: {folder / 'tokenizer.json'} has a token with id {max(tokens)}, the model has "
             f"{vocab_size} tokens. Pass the model's own tokenizer."
         )
     rows = [tokens.get(i, (f"[PAD{i}]", "UNUSED")) for i in range(vocab_size)]
-    return Tokenizer(_pre(said["pre_tokenizer"]), [token for token, _ in rows], [kind for _, kind in rows])
+    names, kinds = [token for token, _ in rows], [kind for _, kind in rows]
+    if by_bytes:
+        return Tokenizer(_pre(said["pre_tokenizer"]), names, kinds)
+    found = scores(model)
+    return Tokenizer(
+        "default",
+        names,
+        kinds,
+        scores=[found[token] if kind == "NORMAL" else 0.0 for token, kind in rows],
+        space_prefix=_space_prefix(said),
+    )
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, folder: Path | None) -> None:
@@ -141,34 +159,60 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, folder: Path 
     if tokenizer is None or folder is None:
         writer.add_tokenizer_model("no_vocab")
         return
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("gpt2" if tokenizer.scores is None else "llama")
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types([gguf.TokenType[kind] for kind in tokenizer.types])
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(tokenizer.tokens))
-    # llama.cpp puts BOS before every text of the kind "llama-bpe" unless the file says not to; tokenizer.json says it.
+    if tokenizer.scores is not None:
+        writer.add_token_scores(tokenizer.scores)
+        writer.add_add_space_prefix(tokenizer.space_prefix)
+    special = gguf.SpecialVocab(folder, load_merges=tokenizer.scores is None, n_vocab=len(tokenizer.tokens))
+    # llama.cpp puts BOS before every text of the kinds "llama-bpe" and "llama" unless the file says not to;
+    # tokenizer.json says it.
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 
 
 def _misfits(tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    """What llama.cpp's byte-level BPE does not do."""
+    """What llama.cpp does not do."""
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
         yield f"is of type {model.get('type')!r}"
-    steps = list(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-    level = [step for step in steps if step["type"] == "ByteLevel"]
-    if not level or model.get("byte_fallback"):
-        yield "is BPE of characters (SentencePiece)"
-    if any(step.get("add_prefix_space") for step in level):
-        yield "puts a space before the text (add_prefix_space)"
+        return
     for part in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(part):
             yield f"marks parts of words ({part})"
-    for step in _steps(tokenizer.get("normalizer"), "normalizers"):
+    changes = list(_steps(tokenizer.get("normalizer"), "normalizers"))
+    cuts = list(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    if not _is_byte_level(tokenizer):
+        yield from misfits(model, changes, cuts, {token["content"] for token in tokenizer.get("added_tokens") or ()})
+        return
+    if model.get("byte_fallback"):
+        yield "is BPE of bytes and has tokens for bytes (byte_fallback) besides"
+    if any(step.get("add_prefix_space") for step in cuts):
+        yield "puts a space before the text (add_prefix_space)"
+    for step in changes:
         # llama.cpp does not compose characters, and everyone's files of Qwen2 leave it at that.
         if step["type"] != "NFC":
             yield f"changes the text before it is cut (normalizer {step['type']})"
+
+
+def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether text becomes bytes first; BPE of characters is SentencePiece's otherwise."""
+    return any(step["type"] == "ByteLevel" for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+
+
+def _space_prefix(tokenizer: Mapping[str, Any]) -> bool:
+    changes = list(_steps(tokenizer.get("normalizer"), "normalizers"))
+    cuts = list(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    prefix, same = space_prefix(changes, cuts) or (False, True)
+    if not same:
+        warnings.warn(
+            "--target gguf: llama.cpp puts a space before a text that begins with one too, and before what follows a "
+            "special token; this tokenizer (Metaspace) may not, and then the tokens are others.",
+            stacklevel=3,
+        )
+    return prefix
 
 
 def _pre(pre_tokenizer: Mapping[str, Any]) -> str:

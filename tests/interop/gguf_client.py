@@ -3,7 +3,8 @@
     python gguf_client.py jobs.json
 
 A job: {"folder", "config" (take config.json beside the file, not what the file says), "input_ids" (.npy), "texts",
-"output" (.npz)}. ``texts`` are encoded with the tokenizer in the file, where it has one.
+"plain_texts", "output" (.npz)}. ``texts`` are encoded with the tokenizer in the file, where it has one; ``plain_texts``
+by the package sentencepiece, with the tokens, types and scores of the file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,24 @@ import sys
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+
+def by_sentencepiece(folder: str, texts: list[str]) -> list[list[int]]:
+    import sentencepiece
+    from gguf import GGUFReader
+    from sentencepiece import sentencepiece_model_pb2
+
+    said = {name: field.contents() for name, field in GGUFReader(f"{folder}/model.gguf").fields.items()}
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.add_dummy_prefix = said["tokenizer.ggml.add_space_prefix"]
+    model.normalizer_spec.remove_extra_whitespaces = False
+    of_tokens = (said[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    for token, score, kind in zip(*of_tokens, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)  # The numbers of the types are the same.
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    return [processor.encode(text) for text in texts]
 
 
 def main() -> None:
@@ -30,7 +49,8 @@ def main() -> None:
         if job["texts"]:
             tokenizer = AutoTokenizer.from_pretrained(job["folder"], gguf_file="model.gguf")
             tokens = [tokenizer.encode(text) for text in job["texts"]]
-        np.savez(job["output"], logits=logits.numpy(), tokens=json.dumps(tokens))
+        pieces = by_sentencepiece(job["folder"], job["plain_texts"]) if job["plain_texts"] else []
+        np.savez(job["output"], logits=logits.numpy(), tokens=json.dumps(tokens), pieces=json.dumps(pieces))
 
 
 if __name__ == "__main__":

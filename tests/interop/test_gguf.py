@@ -1,4 +1,7 @@
-"""GGUF files that we write, read by transformers: the model's logits, and the tokenizer's tokens."""
+"""GGUF files that we write, read by transformers: the model's logits, and the tokenizer's tokens.
+
+A tokenizer of SentencePiece's kind is read by the package sentencepiece too, which has the algorithm of llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,13 @@ from lotaqaf_jax.models import Decoder, QuantSpec, merge
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
 from tests.convert.targets.gguf_making import LLAMA3, changed_tokenizer, config, merged, module_weights, split
+from tests.convert.targets.sentencepiece_making import sentencepiece_folder
 from tests.models.tiny import quantized_decoder
 from tests.peer import torch_model
 from tests.quick import quick_compilation
 
 CLIENT = Path(__file__).parent / "gguf_client.py"
+PLAIN_TEXTS = ["the hand in that hat", "  then  a thing\n\tand  ", "äöü 漢字 🙂", " ", "thththth"]
 TEXTS = ["Hello, it's 1234567 apples!", "  two  spaces\n\nand lines\r\n ", "äöü 漢字 <s></s>"]
 
 # Largest difference of logits per unit of their mean size: from a model of the same weights, both in float32, and from
@@ -40,6 +45,7 @@ class Case:
     """A base with random adapters merged. ``made`` is its config, where it is random too, and no checkpoint's.
 
     ``with_config``: transformers gets config.json, since it does not read this model's from the file.
+    ``sentencepiece``: its tokenizer is of that kind.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Case:
     made: dict[str, Any] | None = None
     tokenizer: bool = True
     with_config: bool = False
+    sentencepiece: bool = False
 
 
 # Every width of both, tied and not in turn.
@@ -75,6 +82,7 @@ CASES = (
         with_config=True,
     ),
     Case("llama-biases", made={"model_type": "llama", "attention_bias": True, "mlp_bias": True}, with_config=True),
+    Case("llama-sentencepiece", made={"model_type": "llama"}, sentencepiece=True),
     Case("ckpt-llamapos-b4g32-asym"),
     Case("ckpt-llamapos-b3g32-asym"),
     Case("babyllama105-gptq-w2g32-asym", tokenizer=False),
@@ -91,6 +99,7 @@ class Opened:
     ours: np.ndarray
     base: np.ndarray
     tokens: list[list[int]]
+    pieces: list[list[int]]
     expected_tokens: list[list[int]]
 
 
@@ -98,6 +107,9 @@ def models(case: Case, folder: Path) -> tuple[Decoder, Decoder, dict[str, Any]] 
     """The base, the base with adapters merged, and where the exported files come from besides."""
     if case.made is not None:
         made, quant = config(**case.made), QuantSpec(case.bits, 32)
+        if case.sentencepiece:
+            sentencepiece_folder(folder)
+            return quantized_decoder(made, quant), merged(made, quant), {"tokenizer_from": folder}
         digits = r"\p{N}{1,3}" if made.model_type == "llama" else r"\p{N}"
         changed_tokenizer(folder, pre_tokenizer=split(digits))
         return quantized_decoder(made, quant), merged(made, quant), {"tokenizer_from": folder}
@@ -138,11 +150,12 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
         convert.save_pretrained(model, folder, target="gguf", allow_lossy=True, progress=False, **options)
         ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)
         np.save(root / f"{case.name}.ids.npy", ids)
-        texts = TEXTS if case.tokenizer else []
+        texts = TEXTS + PLAIN_TEXTS if case.tokenizer else []
         jobs.append(
             {"folder": str(folder), "config": case.with_config, "input_ids": str(root / f"{case.name}.ids.npy")}
         )
-        jobs[-1] |= {"texts": texts, "output": str(root / f"{case.name}.npz")}
+        jobs[-1] |= {"texts": texts, "plain_texts": PLAIN_TEXTS if case.sentencepiece else []}
+        jobs[-1] |= {"output": str(root / f"{case.name}.npz")}
         tokens = []
         if texts:
             tokenizer = AutoTokenizer.from_pretrained(root / f"{case.name}.base")
@@ -163,7 +176,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
     found = {}
     for name, (same, ours, base_logits, tokens) in here.items():
         theirs = np.load(root / f"{name}.npz")
-        found[name] = Opened(theirs["logits"], same, ours, base_logits, json.loads(str(theirs["tokens"])), tokens)
+        read, pieces = (json.loads(str(theirs[key])) for key in ("tokens", "pieces"))
+        found[name] = Opened(theirs["logits"], same, ours, base_logits, read, pieces, tokens)
     return found
 
 
@@ -189,3 +203,10 @@ def test_transformers_reads_the_tokenizer_in_the_file(opened: dict[str, Opened],
     if case.name not in opened:
         pytest.skip("the base is in the shared folder, which is absent")
     assert opened[case.name].tokens == opened[case.name].expected_tokens
+
+
+def test_sentencepiece_makes_the_same_tokens_of_the_scores_in_the_file(opened: dict[str, Opened]) -> None:
+    found = opened["llama-sentencepiece"]
+    wanted = found.expected_tokens[len(TEXTS) :]
+    assert found.pieces == [tokens[1:] for tokens in wanted]  # without BOS
+    assert max(map(len, found.pieces)) < 25, "no merges in it"
