@@ -1,4 +1,5 @@
-"""Opens GGUF files with transformers, and writes logits and tokens. Has its own environment, without us.
+"""Opens GGUF files with transformers, and with llama.cpp where it is installed (the package llama-cpp-python), and
+writes logits and tokens. Has its own environment, without us.
 
     python gguf_client.py jobs.json
 
@@ -9,8 +10,10 @@ by the package sentencepiece, with the tokens, types and scores of the file.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +38,20 @@ def by_sentencepiece(folder: str, texts: list[str]) -> list[list[int]]:
     return [processor.encode(text) for text in texts]
 
 
+def by_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+    from llama_cpp import Llama
+
+    ids = np.load(job["input_ids"])
+    model = Llama(f"{job['folder']}/model.gguf", n_ctx=ids.shape[1], logits_all=True, n_threads=1, verbose=False)
+    logits = []
+    for row in ids:
+        model.reset()
+        model.eval(row.tolist())
+        logits.append(model.scores[: len(row)].copy())
+    tokens = [model.tokenize(text.encode(), special=True) for text in job["texts"]]
+    return {"llama_logits": np.stack(logits), "llama_tokens": json.dumps(tokens)}
+
+
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
@@ -50,7 +67,10 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(job["folder"], gguf_file="model.gguf")
             tokens = [tokenizer.encode(text) for text in job["texts"]]
         pieces = by_sentencepiece(job["folder"], job["plain_texts"]) if job["plain_texts"] else []
-        np.savez(job["output"], logits=logits.numpy(), tokens=json.dumps(tokens), pieces=json.dumps(pieces))
+        found = {"logits": logits.numpy(), "tokens": json.dumps(tokens), "pieces": json.dumps(pieces)}
+        if importlib.util.find_spec("llama_cpp"):
+            found |= by_llama_cpp(job)
+        np.savez(job["output"], **found)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ PLAIN_TEXTS = ["the hand in that hat", "  then  a thing\n\tand  ", "äöü 漢�
 TEXTS = ["Hello, it's 1234567 apples!", "  two  spaces\n\nand lines\r\n ", "äöü 漢字 <s></s>"]
 
 # Largest difference of logits per unit of their mean size: from a model of the same weights, both in float32, and from
-# ours, whose weights are up to 0.008 of a step away.
-SAME, OURS = 3e-5, 0.02
+# ours, whose weights are up to 0.008 of a step away; and llama.cpp's, which rounds the inputs of a product to 8 bit.
+SAME, OURS, LLAMA = 3e-5, 0.02, 0.25
 
 SCALED = LLAMA3 | {"original_max_position_embeddings": 32}  # so that 24 tokens show it
 
@@ -92,7 +92,8 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """Logits by transformers from the file, by torch from the file's weights, by us, and by us without the adapters."""
+    """Logits by transformers from the file, by torch from the file's weights, by us, and by us without the adapters;
+    tokens by transformers and by the package sentencepiece; both by llama.cpp, where it is installed."""
 
     theirs: np.ndarray
     same: np.ndarray
@@ -100,6 +101,7 @@ class Opened:
     base: np.ndarray
     tokens: list[list[int]]
     pieces: list[list[int]]
+    llama: tuple[np.ndarray, list[list[int]]] | None
     expected_tokens: list[list[int]]
 
 
@@ -177,7 +179,10 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
     for name, (same, ours, base_logits, tokens) in here.items():
         theirs = np.load(root / f"{name}.npz")
         read, pieces = (json.loads(str(theirs[key])) for key in ("tokens", "pieces"))
-        found[name] = Opened(theirs["logits"], same, ours, base_logits, read, pieces, tokens)
+        llama = None
+        if "llama_logits" in theirs:
+            llama = theirs["llama_logits"], json.loads(str(theirs["llama_tokens"]))
+        found[name] = Opened(theirs["logits"], same, ours, base_logits, read, pieces, llama, tokens)
     return found
 
 
@@ -203,6 +208,21 @@ def test_transformers_reads_the_tokenizer_in_the_file(opened: dict[str, Opened],
     if case.name not in opened:
         pytest.skip("the base is in the shared folder, which is absent")
     assert opened[case.name].tokens == opened[case.name].expected_tokens
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_llama_cpp_computes_the_model_and_its_tokens(opened: dict[str, Opened], case: Case) -> None:
+    if case.name not in opened:
+        pytest.skip("the base is in the shared folder, which is absent")
+    found = opened[case.name]
+    if found.llama is None:
+        pytest.skip("the client has no llama.cpp; `pip install llama-cpp-python` there compiles it")
+    logits, tokens = found.llama
+    same, moved = distance(logits, found.same), distance(logits, found.base)
+    print(f"{case.name}: same weights {same:.1e}, base {moved:.1e}")
+    assert same <= LLAMA
+    assert moved > 4 * same
+    assert tokens == found.expected_tokens
 
 
 def test_sentencepiece_makes_the_same_tokens_of_the_scores_in_the_file(opened: dict[str, Opened]) -> None:
