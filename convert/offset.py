@@ -10,9 +10,9 @@ groups. With g(i) the group of input row i (through g_idx, so act-order works):
 The only error is the rounding of s * mu to the type of lora_B. Dividing it by s does not give mu back bit for bit, so
 mu itself lies beside, in ``lota_offset.safetensors``, a file that PEFT does not look at.
 
-Layers with fewer groups have a lower rank (``rank_pattern`` with ``alpha_pattern``, so that the scale stays 1): padding
-all to one rank would make the file about twice as large. Quantised modules without an offset get a zero adapter of
-rank 1, since GPTQModel wants one for each.
+Layers with fewer groups have a lower rank (``rank_pattern`` with ``alpha_pattern``, so that the scale stays 1). Servers
+that know one rank only (SGLang) get a LoRA padded with zeros to the widest, about twice as large: target peft.
+Quantised modules without an offset get a zero adapter of rank 1, since GPTQModel wants one for each.
 
 Source: formats of PEFT's LoRA folders, read with peft 0.21 and GPTQModel 7.6.
 """
@@ -43,8 +43,10 @@ __all__ = [
     "OFFSET_FILE",
     "OFFSET_FOLDER",
     "apply_offsets",
+    "fill_lora",
     "fill_offsets",
     "has_offsets",
+    "lora_bytes",
     "lora_pair",
     "offset_bytes",
     "write_offsets",
@@ -59,41 +61,53 @@ def has_offsets(model: Decoder) -> bool:
     return any(linear.is_quantized and linear.packed.offset is not None for _, linear, _ in named_linears(model))
 
 
-def lora_pair(weight: QuantizedWeight, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+def lora_pair(
+    weight: QuantizedWeight, dtype: Any = np.float32, rank: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """lora_A (rank, in) and lora_B (out, rank) that add the offset of ``weight``; zeros of rank 1 where it has none.
 
     Args:
         weight: one quantised weight (in, out).
         dtype: their type. lora_A is exact in any; s * mu is computed in float32 and rounded once.
+        rank: to pad to with zeros; None for as many as there are groups.
     """
     n_in, n_out = weight.shape
     if weight.offset is None:
-        return np.zeros((1, n_in), dtype), np.zeros((n_out, 1), dtype)
+        rank = 1 if rank is None else rank
+        return np.zeros((rank, n_in), dtype), np.zeros((n_out, rank), dtype)
+    rank = weight.groups if rank is None else rank
     g_idx = trivial_g_idx(n_in, weight.group_size) if weight.g_idx is None else fetch(weight.g_idx)
-    indicator = (g_idx[None, :] == np.arange(weight.groups)[:, None]).astype(dtype)
+    indicator = (g_idx[None, :] == np.arange(rank)[:, None]).astype(dtype)
     step = fetch(weight.scales).astype(np.float32) * fetch(weight.offset).astype(np.float32)
-    return indicator, np.ascontiguousarray(step.T.astype(dtype))
+    return indicator, np.pad(step.T.astype(dtype), ((0, 0), (0, rank - weight.groups)))
 
 
-def _ranks(model: Decoder) -> dict[str, tuple[int, QuantizedWeight]]:
-    """Rank of every quantised module, with the stack that holds its weight."""
-    found = {}
-    for name, linear, _ in named_linears(model):
-        if linear.is_quantized:
-            found[name] = (1 if linear.packed.offset is None else linear.packed.groups, linear.packed)
-    return found
+def _held(model: Decoder) -> dict[str, tuple[QuantizedWeight, int | None]]:
+    """The stacks that hold quantised weights, and where in them, by the name of the module."""
+    return {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
+
+
+def _ranks(model: Decoder, one_rank: bool = False) -> dict[str, int]:
+    """Rank of the LoRA of every quantised module."""
+    found = {name: 1 if weight.offset is None else weight.groups for name, (weight, _) in _held(model).items()}
+    return dict.fromkeys(found, max(found.values(), default=0)) if one_rank else found
+
+
+def lora_bytes(model: Decoder, dtype: Any = np.float32, *, one_rank: bool = False) -> int:
+    """Bytes that :func:`fill_lora` will write; 0 without offsets."""
+    if not has_offsets(model):
+        return 0
+    held = _held(model)
+    return np.dtype(dtype).itemsize * sum(r * sum(held[name][0].shape) for name, r in _ranks(model, one_rank).items())
 
 
 def offset_bytes(model: Decoder, dtype: Any = np.float32) -> int:
     """Bytes that :func:`write_offsets` will write; 0 without offsets."""
-    if not has_offsets(model):
-        return 0
-    total = 0
-    for rank, weight in _ranks(model).values():
-        total += rank * sum(weight.shape) * np.dtype(dtype).itemsize
+    exact = 0
+    for weight, _ in _held(model).values():
         if weight.offset is not None:
-            total += weight.groups * weight.shape[1] * weight.offset.dtype.itemsize
-    return total
+            exact += weight.groups * weight.shape[1] * weight.offset.dtype.itemsize
+    return lora_bytes(model, dtype) + exact
 
 
 def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any = np.float32) -> None:
@@ -112,28 +126,44 @@ def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any =
 
 def fill_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any = np.float32) -> None:
     """The files of :func:`write_offsets`, into a folder that is there."""
-    ranks = _ranks(model)
-    lora: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    fill_lora(model, folder, model_name=model_name, dtype=dtype)
+    stacks = _held(model)
     exact: dict[str, tuple[Any, tuple[int, ...]]] = {}
-    for name, (rank, weight) in ranks.items():
-        lora[f"{PREFIX}{name}.lora_A.weight"] = (dtype, (rank, weight.shape[0]))
-        lora[f"{PREFIX}{name}.lora_B.weight"] = (dtype, (weight.shape[1], rank))
+    for name, (weight, _) in stacks.items():
         if weight.offset is not None:
             exact[f"{name}.offset"] = (weight.offset.dtype, (weight.groups, weight.shape[1]))
-    stacks = {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
 
-    def read_lora(key: str) -> np.ndarray:
-        module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        return lora_pair(take(*stacks[module]), dtype)[0 if part == "lora_A" else 1]
-
-    def read_exact(key: str) -> np.ndarray:
+    def read(key: str) -> np.ndarray:
         return fetch(take(*stacks[key.removesuffix(".offset")]).offset)
 
-    write_safetensors(folder / ADAPTER_WEIGHTS, lora, read_lora, {"format": "pt"})
-    write_safetensors(folder / OFFSET_FILE, exact, read_exact, {"format": "lota-qaf offset"})
+    write_safetensors(folder / OFFSET_FILE, exact, read, {"format": "lota-qaf offset"})
+
+
+def fill_lora(
+    model: Decoder, folder: Path, *, model_name: str, dtype: Any = np.float32, one_rank: bool = False
+) -> None:
+    """The PEFT LoRA of the offsets, into a folder that is there.
+
+    Args:
+        model: a merged decoder.
+        folder: the folder.
+        model_name: what its config names as its base: the merged model.
+        dtype: type of its tensors.
+        one_rank: pad all modules to the widest.
+    """
+    lora: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    ranks, stacks = _ranks(model, one_rank), _held(model)
+    for name, (weight, _) in stacks.items():
+        lora[f"{PREFIX}{name}.lora_A.weight"] = (dtype, (ranks[name], weight.shape[0]))
+        lora[f"{PREFIX}{name}.lora_B.weight"] = (dtype, (weight.shape[1], ranks[name]))
+
+    def read(key: str) -> np.ndarray:
+        module, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        return lora_pair(take(*stacks[module]), dtype, ranks[module])[0 if part == "lora_A" else 1]
+
+    write_safetensors(folder / ADAPTER_WEIGHTS, lora, read, {"format": "pt"})
     dense = [name for name, linear, _ in named_linears(model) if not linear.is_quantized]
-    rank_of = {name: rank for name, (rank, _) in ranks.items()}
-    write_json(folder / ADAPTER_CONFIG, lora_config(rank_of, rank_of, dense, model_name))
+    write_json(folder / ADAPTER_CONFIG, lora_config(ranks, ranks, dense, model_name))
 
 
 def apply_offsets(model: Decoder, folder: str | Path) -> Decoder:

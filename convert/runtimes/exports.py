@@ -33,8 +33,12 @@ def _gptq(folder: ModelFolder) -> ModelFolder | None:
 
 
 def _peft(folder: ModelFolder) -> ModelFolder | None:
-    """The LoRA of mu beside the GPTQ folder: nothing where there is no mu."""
-    return folder if folder.lora_ranks else None
+    """The LoRA of mu for the GPTQ folder, of one rank and alone: nothing where there is no mu."""
+    if not folder.lora_ranks:
+        return None
+    widest = max(folder.lora_ranks.values())
+    ranks = dict.fromkeys(folder.lora_ranks, widest)
+    return dataclasses.replace(folder, lora_ranks=ranks, lora_rank=widest, lora_beside=())
 
 
 def _gptq8(folder: ModelFolder) -> ModelFolder | None:
@@ -54,6 +58,7 @@ def _gptq8(folder: ModelFolder) -> ModelFolder | None:
         rules=QuantizationConfig.from_hf(config),
         modules=tuple(modules),
         lora_ranks={},
+        lora_beside=(),
     )
 
 

@@ -74,6 +74,7 @@ class ModelFolder:
         modules: the quantised modules of a GPTQ (but ``gptq_p``) or AWQ folder.
         lora_ranks: rank of every module of the LoRA in ``offset_adapter/``; empty where there is none.
         lora_rank: the rank that its config gives as default.
+        lora_beside: other .safetensors files in offset_adapter/.
         gguf: the ``.gguf`` files.
     """
 
@@ -87,6 +88,7 @@ class ModelFolder:
     modules: tuple[Module, ...] = ()
     lora_ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     lora_rank: int = 0
+    lora_beside: tuple[str, ...] = ()
     gguf: tuple[Path, ...] = ()
 
     @property
@@ -147,7 +149,8 @@ def read_folder(path: str | Path) -> ModelFolder:
                 found, rules=folder.quantization, modules=tuple(_modules(folder, folder.quantization))
             )
         ranks, rank = _lora(path / OFFSET_FOLDER)
-        found = dataclasses.replace(found, lora_ranks=ranks, lora_rank=rank)
+        beside = {file.name for file in (path / OFFSET_FOLDER).glob("*.safetensors")} - {ADAPTER_WEIGHTS}
+        found = dataclasses.replace(found, lora_ranks=ranks, lora_rank=rank, lora_beside=tuple(sorted(beside)))
     elif found.kind == "awq":
         found = dataclasses.replace(found, modules=tuple(_awq_modules(found)))
     return found

@@ -28,6 +28,7 @@ __all__ = [
     "head_quantized",
     "ignores_g_idx",
     "ignores_qzeros",
+    "lora_alone",
     "lora_of_one_rank",
     "lora_too_wide",
     "lora_width",
@@ -310,7 +311,16 @@ def lora_of_one_rank(folder: ModelFolder) -> Iterator[str]:
     if others := [name for name, rank in folder.lora_ranks.items() if rank != folder.lora_rank]:
         yield (
             f"offset_adapter/: {_names(others)} is of rank {folder.lora_ranks[others[0]]}, not of r = "
-            f"{folder.lora_rank}: one rank for all modules is loaded, rank_pattern is not."
+            f"{folder.lora_rank}: one rank for all modules is loaded, rank_pattern is not. Target peft writes one."
+        )
+
+
+def lora_alone(folder: ModelFolder) -> Iterator[str]:
+    """SGLang reads every .safetensors file in a LoRA's folder as part of the LoRA."""
+    if folder.lora_beside:
+        yield (
+            f"offset_adapter/: {_listed(folder.lora_beside)} is read as part of the LoRA, which stops the loader. "
+            "Target peft writes the LoRA alone."
         )
 
 

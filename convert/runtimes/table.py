@@ -1,7 +1,7 @@
 """Which runtime loads what: the one table of runtimes, their versions and rules, and the verdict by it.
 
-Source: the loaders of the named versions. GPTQModel, transformers (with optimum and PEFT), mlx-lm and onnxruntime-genai
-were run; vLLM and SGLang, which need a card, were read.
+Source: the loaders of the named versions. GPTQModel, transformers (with optimum and PEFT), mlx-lm, llama.cpp and
+onnxruntime-genai were run; vLLM and SGLang, which need a card, were read.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ RUNTIMES: Mapping[str, Runtime] = {
                 rules.dynamic_names_parts,
                 rules.head_not_declared,
                 rules.lora_of_one_rank,
+                rules.lora_alone,
             ),
             "awq": _AWQ,
             "16-bit": (),
@@ -262,7 +263,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     ),
     "llama.cpp": Runtime(
         "with GGUF v3",
-        "read",
+        "run",
         {"gguf": (rules.gguf_magic,)},
         {"gguf": (_say("pass the file, not the folder: -m {path}/{gguf}."),)},
         {

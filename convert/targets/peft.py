@@ -1,5 +1,8 @@
 """PEFT: the offset of a merged model alone, as a LoRA for the folder that target gptq writes.
 
+All its modules have one rank, and the folder has no other file of tensors, as SGLang wants it; what target gptq writes
+beside the model is about half as large.
+
 Source: :mod:`convert.offset`.
 """
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.offset import fill_offsets, has_offsets, lora_pair, offset_bytes
+from convert.offset import fill_lora, has_offsets, lora_bytes, lora_pair
 from convert.targets.target import Record, Source, Target
 from convert.tensors import quantized_weights
 from lotaqaf_jax.errors import ConfigError
@@ -25,7 +28,7 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
             "--target peft: the model has no offset, and its integers are no LoRA. Use --target gptq, which is the "
             "whole model."
         )
-    fill_offsets(model, folder, model_name=source.name)
+    fill_lora(model, folder, model_name=source.name, one_rank=True)
     record_offsets(model, record)
 
 
@@ -42,10 +45,10 @@ def record_offsets(model: Decoder, record: Record) -> None:
 
 PEFT = Target(
     name="peft",
-    title="the offset alone, as a PEFT LoRA for what gptq writes",
+    title="the offset alone, as a PEFT LoRA of one rank, for what gptq writes",
     offset="all that there is",
     exact="yes",
-    runtimes=("PEFT on transformers", "GPTQModel"),
-    size=lambda model, _: offset_bytes(model),
+    runtimes=("PEFT on transformers", "GPTQModel", "vLLM", "SGLang"),
+    size=lambda model, _: lora_bytes(model, one_rank=True),
     write=_write,
 )

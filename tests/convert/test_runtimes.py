@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 from convert.__main__ import main
-from convert.offset import OFFSET_FOLDER
+from convert.offset import OFFSET_FILE, OFFSET_FOLDER
 from convert.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, lora_config
 from lotaqaf_jax.errors import CheckpointError, ConfigError
 from lotaqaf_jax.quant import encode_zeros, packed_size
@@ -53,6 +53,7 @@ def gptq(
     tensors: dict[str, np.ndarray | None] | None = None,
     without: tuple[str, ...] = (),
     ranks: dict[str, int] | None = None,
+    exact: bool = False,
     **config: Any,
 ) -> Path:
     """A Llama of one layer in GPTQ.
@@ -66,6 +67,7 @@ def gptq(
         tensors: more tensors, or None for those to leave out.
         without: keys to leave out of the quantisation config.
         ranks: of a LoRA in offset_adapter/.
+        exact: whether mu itself lies beside it.
         config: more of the quantisation config.
     """
     quantization = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "desc_act": False}
@@ -92,6 +94,8 @@ def gptq(
         (path / OFFSET_FOLDER / ADAPTER_CONFIG).write_text(json.dumps(form))
         lora = {f"{PREFIX}{name}.lora_A.weight": np.zeros((rank, 4), np.float32) for name, rank in ranks.items()}
         save_file(lora, path / OFFSET_FOLDER / ADAPTER_WEIGHTS)
+        if exact:
+            save_file({f"{Q}.offset": np.zeros((4, 4), np.float32)}, path / OFFSET_FOLDER / OFFSET_FILE)
     return path
 
 
@@ -195,6 +199,11 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "sglang 16 bit": ("sglang", {"modules": {DOWN: None}}, "is in 16 bit, but is loaded as 4 bit"),
     "sglang head": ("sglang", {"modules": HEAD, "tensors": NO_HEAD}, "lacks lm_head: true"),
     "sglang rank": ("sglang", {"ranks": {Q: 4, DOWN: 8}}, f"offset_adapter/: {Q} is of rank 4, not of r = 8"),
+    "sglang more files": (
+        "sglang",
+        {"ranks": {Q: 4, DOWN: 4}, "exact": True},
+        "lota_offset.safetensors is read as part",
+    ),
     "transformers planes": ("transformers", {"checkpoint_format": "gptq_p"}, "gptq_p"),
     "transformers dynamic": ("transformers", {"dynamic": {"+:.*layers.7.*": {}}}, "`dynamic`"),
     "transformers head": ("transformers", {"modules": HEAD, "tensors": NO_HEAD, "lm_head": True}, "wrong logits"),
@@ -348,12 +357,12 @@ TARGETS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "asymmetric": ({"sym": False, "zero": 5}, {"vllm": "gptq8 awq hf16", "gptqmodel": "gptq gptq8 awq"}),
     # mu leaves no place for AWQ's integer zero points; the LoRA helps where the GPTQ folder loads.
     "asymmetric with mu": (
-        {"sym": False, "zero": 5, "ranks": {Q: 4, DOWN: 8}},
+        {"sym": False, "zero": 5, "ranks": {Q: 4, DOWN: 8}, "exact": True},
         {
             "vllm": "gptq8 hf16",
             "mlx": "mlx hf16",
             "transformers": "gptq gptq8 peft gguf hf16",
-            "sglang": "gptq8 gguf hf16",
+            "sglang": "gptq8 peft gguf hf16",
         },
     ),
     "act-order": (

@@ -9,10 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import convert
+import lotaqaf_jax
 from convert.targets.target import EXACT, table_row
 from convert.tensors import named_linears, quantized_weights
 from lotaqaf_jax.errors import ConfigError
@@ -22,6 +25,7 @@ from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
 from tests.models.tiny import CONFIG, quantized_decoder
+from tests.peer import torch_model
 
 # By bits; plain group order.
 BASES = {4: "ckpt-llamapos-b4g32-asym", 3: "ckpt-llamapos-b3g32-asym"}
@@ -177,14 +181,40 @@ def test_a_model_that_a_target_has_no_room_for(tmp_path: Path, name: str, target
         convert.save_pretrained(model, tmp_path / "out", base=base, target=target, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*not applied:UserWarning")
 def test_the_offset_alone(tmp_path: Path) -> None:
-    base, model = merged(BASES[4], "reference")
-    assert convert.save_pretrained(model, tmp_path / "lora", base=base, target="peft", progress=False).exact
+    """What lies beside the whole model, padded to one rank, in a file that has no other beside it; PEFT applies it."""
+    base, model = merged(ACT_ORDER, "reference")
+    report = convert.save_pretrained(model, tmp_path / "lora", base=base, target="peft", progress=False)
+    assert report.exact
     whole = tmp_path / "whole"
     convert.save_pretrained(model, whole, base=base, progress=False)
-    for file in ("adapter_model.safetensors", "lota_offset.safetensors"):
-        assert (tmp_path / "lora" / file).read_bytes() == (whole / "offset_adapter" / file).read_bytes()
-    _, plain = merged(BASES[4], "none")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    rank = json.loads((whole / "offset_adapter" / "adapter_config.json").read_text())["r"]
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (rank, rank, {}, {})
+    assert [path.name for path in (tmp_path / "lora").glob("*.safetensors")] == ["adapter_model.safetensors"]
+    found = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    narrow = load_file(whole / "offset_adapter" / "adapter_model.safetensors")
+    assert found.keys() == narrow.keys()
+    padded = 0
+    for name, held in narrow.items():
+        axis = 0 if "lora_A" in name else 1
+        kept, rest = np.split(found[name], [held.shape[axis]], axis)
+        np.testing.assert_array_equal(kept, held)
+        assert not rest.any()
+        assert found[name].shape[axis] == rank
+        padded += rest.size
+    assert padded > 0
+    peer = torch_model(lotaqaf_jax.load_pretrained(whole, dtype=jnp.float32, progress=False))
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12), dtype=np.int32)
+    with torch.no_grad():
+        without = peer(input_ids=torch.from_numpy(ids).long()).logits.numpy()
+        peer = peft.PeftModel.from_pretrained(peer, str(tmp_path / "lora"))
+        theirs = peer(input_ids=torch.from_numpy(ids).long()).logits.numpy()
+    ours = np.asarray(model(ids))
+    np.testing.assert_allclose(theirs, ours, atol=2e-4 * np.abs(ours).max())
+    assert np.abs(without - ours).max() > 0.01 * np.abs(ours).max()
+    _, plain = merged(ACT_ORDER, "none")
     with pytest.raises(ConfigError, match="has no offset"):
         convert.save_pretrained(plain, tmp_path / "none", base=base, target="peft", progress=False)
 
