@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 
 from convert.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, lora_config
-from convert.tensors import named_linears, take
+from convert.tensors import named_linears, quantized_stacks, take
 from convert.writing import write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder, Linear, linears
@@ -82,14 +82,11 @@ def lora_pair(
     return indicator, np.pad(step.T.astype(dtype), ((0, 0), (0, rank - weight.groups)))
 
 
-def _held(model: Decoder) -> dict[str, tuple[QuantizedWeight, int | None]]:
-    """The stacks that hold quantised weights, and where in them, by the name of the module."""
-    return {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
-
-
 def _ranks(model: Decoder, one_rank: bool = False) -> dict[str, int]:
     """Rank of the LoRA of every quantised module."""
-    found = {name: 1 if weight.offset is None else weight.groups for name, (weight, _) in _held(model).items()}
+    found = {
+        name: 1 if weight.offset is None else weight.groups for name, (weight, _) in quantized_stacks(model).items()
+    }
     return dict.fromkeys(found, max(found.values(), default=0)) if one_rank else found
 
 
@@ -97,14 +94,14 @@ def lora_bytes(model: Decoder, dtype: Any = np.float32, *, one_rank: bool = Fals
     """Bytes that :func:`fill_lora` will write; 0 without offsets."""
     if not has_offsets(model):
         return 0
-    held = _held(model)
+    held = quantized_stacks(model)
     return np.dtype(dtype).itemsize * sum(r * sum(held[name][0].shape) for name, r in _ranks(model, one_rank).items())
 
 
 def offset_bytes(model: Decoder, dtype: Any = np.float32) -> int:
     """Bytes that :func:`write_offsets` will write; 0 without offsets."""
     exact = 0
-    for weight, _ in _held(model).values():
+    for weight, _ in quantized_stacks(model).values():
         if weight.offset is not None:
             exact += weight.groups * weight.shape[1] * weight.offset.dtype.itemsize
     return lora_bytes(model, dtype) + exact
@@ -127,7 +124,7 @@ def write_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any =
 def fill_offsets(model: Decoder, folder: Path, *, model_name: str, dtype: Any = np.float32) -> None:
     """The files of :func:`write_offsets`, into a folder that is there."""
     fill_lora(model, folder, model_name=model_name, dtype=dtype)
-    stacks = _held(model)
+    stacks = quantized_stacks(model)
     exact: dict[str, tuple[Any, tuple[int, ...]]] = {}
     for name, (weight, _) in stacks.items():
         if weight.offset is not None:
@@ -152,7 +149,7 @@ def fill_lora(
         one_rank: pad all modules to the widest.
     """
     lora: dict[str, tuple[Any, tuple[int, ...]]] = {}
-    ranks, stacks = _ranks(model, one_rank), _held(model)
+    ranks, stacks = _ranks(model, one_rank), quantized_stacks(model)
     for name, (weight, _) in stacks.items():
         lora[f"{PREFIX}{name}.lora_A.weight"] = (dtype, (ranks[name], weight.shape[0]))
         lora[f"{PREFIX}{name}.lora_B.weight"] = (dtype, (weight.shape[1], ranks[name]))

@@ -14,7 +14,15 @@ from lotaqaf_jax.models import Decoder, Linear, adapted_linears, linears
 from lotaqaf_jax.quant import QuantizedWeight, encode_zeros, packed_size
 from lotaqaf_jax.quant.weight import trivial_g_idx
 
-__all__ = ["HFTensor", "hf_tensors", "named_linears", "quantized_weights", "refuse_adapters", "take"]
+__all__ = [
+    "HFTensor",
+    "hf_tensors",
+    "named_linears",
+    "quantized_stacks",
+    "quantized_weights",
+    "refuse_adapters",
+    "take",
+]
 
 
 _encode_zeros = jax.jit(encode_zeros, static_argnums=(1, 2))
@@ -57,11 +65,15 @@ def take(weight: QuantizedWeight, i: int | None) -> QuantizedWeight:
     return jax.tree.map(lambda stack: _at(stack, i), weight)
 
 
+def quantized_stacks(model: Decoder) -> dict[str, tuple[QuantizedWeight, int | None]]:
+    """The stack that holds the weight of every quantised module, and where in it, for :func:`take`."""
+    return {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
+
+
 def quantized_weights(model: Decoder) -> Iterator[tuple[str, QuantizedWeight]]:
     """Every quantised weight by the name of its module, one layer's arrays at a time."""
-    for name, linear, i in named_linears(model):
-        if linear.is_quantized:
-            yield name, take(linear.packed, i)
+    for name, (stack, i) in quantized_stacks(model).items():
+        yield name, take(stack, i)
 
 
 def refuse_adapters(model: Decoder) -> None:

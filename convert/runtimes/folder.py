@@ -149,8 +149,8 @@ def read_folder(path: str | Path) -> ModelFolder:
                 found, rules=folder.quantization, modules=tuple(_modules(folder, folder.quantization))
             )
         ranks, rank = _lora(path / OFFSET_FOLDER)
-        beside = {file.name for file in (path / OFFSET_FOLDER).glob("*.safetensors")} - {ADAPTER_WEIGHTS}
-        found = dataclasses.replace(found, lora_ranks=ranks, lora_rank=rank, lora_beside=tuple(sorted(beside)))
+        others = {file.name for file in (path / OFFSET_FOLDER).glob("*.safetensors")} - {ADAPTER_WEIGHTS}
+        found = dataclasses.replace(found, lora_ranks=ranks, lora_rank=rank, lora_beside=tuple(sorted(others)))
     elif found.kind == "awq":
         found = dataclasses.replace(found, modules=tuple(_awq_modules(found)))
     return found

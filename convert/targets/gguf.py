@@ -32,7 +32,7 @@ from convert.hf import copy_companions
 from convert.targets.gguf_metadata import add_model, add_tokenizer, gguf_package, read_tokenizer
 from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.target import Record, Source, Target
-from convert.tensors import HFTensor, hf_tensors, named_linears, take
+from convert.tensors import HFTensor, hf_tensors, quantized_stacks, take
 from convert.writing import write_json
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, DecoderConfig
@@ -179,7 +179,7 @@ def _tensors(model: Decoder) -> list[_Tensor]:
             "another target; gptq holds every model that loads."
         )
     names = gguf.get_tensor_name_map(_architecture(config), config.num_hidden_layers)
-    packed = {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
+    packed = quantized_stacks(model)
     factors, tensors = rope_factors(config), []
     if factors is not None:
         tensors.append(_Tensor("rope_freqs.weight", "F32", factors.shape, "", lambda: (_bytes(factors, "<f4"), None)))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from convert.hf import SHARD_BYTES, copy_companions
 from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.target import Record, Source
-from convert.tensors import HFTensor, hf_tensors, named_linears, take
+from convert.tensors import HFTensor, hf_tensors, quantized_stacks, take
 from convert.writing import TensorFile, write_json
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.parallel.processes import is_main
@@ -72,7 +72,7 @@ def write_folder(
         settings: keys of config.json that say so, and others that the target wants.
         kind: what the files' metadata says of who wrote them; transformers refuses files that do not say.
     """
-    packed, dense, shapes = _packed(model), _dense(model), _shapes(model, form)
+    packed, dense, shapes = quantized_stacks(model), _dense(model), _shapes(model, form)
     if is_main():
         if source.folder is not None:
             copy_companions(source.folder, folder, skip=("config.json", "quantize_config.json"))
@@ -141,20 +141,15 @@ class _Shard:
             self._file.__exit__(*problem)
 
 
-def _packed(model: Decoder) -> dict[str, tuple[QuantizedWeight, int | None]]:
-    """The stacks that hold quantised weights, and where in them, by the name of the module."""
-    return {name: (linear.packed, i) for name, linear, i in named_linears(model) if linear.is_quantized}
-
-
 def _dense(model: Decoder) -> dict[str, HFTensor]:
     """Everything that is no part of a quantised weight."""
-    packed = _packed(model)
+    packed = quantized_stacks(model)
     return {tensor.name: tensor for tensor in hf_tensors(model) if not _is_part(tensor.name, packed)}
 
 
 def _shapes(model: Decoder, form: Form) -> dict[str, tuple[Any, tuple[int, ...]]]:
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {t.name: (t.dtype, t.shape) for t in _dense(model).values()}
-    for name, (weight, _) in _packed(model).items():
+    for name, (weight, _) in quantized_stacks(model).items():
         shapes |= {f"{name}.{end}": found for end, found in form.shapes(weight).items()}
     return shapes
 
