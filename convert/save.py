@@ -14,7 +14,7 @@ from convert.hf_config import complete_config
 from convert.offset import offset_bytes
 from convert.targets import EXACT, TARGETS, ExportReport, Source, Target, check_fit
 from convert.tensors import refuse_adapters
-from convert.verify import Report, verify
+from convert.verify import Report, moves, verify
 from convert.writing import new_folder
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, merge
@@ -67,7 +67,7 @@ def save_pretrained(
         progress: show progress bars when it takes longer than a second.
 
     Returns:
-        The largest error of every quantised module.
+        The largest error of every quantised module, and with a ``base`` how many integers moved.
 
     Raises:
         ConfigError: unknown target, one that has no room for the model or would lose something, adapters that are not
@@ -89,7 +89,8 @@ def save_pretrained(
     sources = [] if source.folder is None else [source.folder]
     with new_folder(directory, overwrite=overwrite, needed=chosen.size(model, source), sources=sources) as folder:
         chosen.write(model, source, folder, record, progress)
-        report = ExportReport(target, errors)
+        compared = (0, 0, 0) if source.base is None else moves(source.base, model)
+        report = ExportReport(target, errors, *compared)
         write_card(folder, _facts(directory, source, chosen, training, report))
     return report
 

@@ -30,7 +30,7 @@ from lotaqaf_jax.parallel.processes import fetch
 from lotaqaf_jax.quant import QuantizedWeight, pack, unpack
 from lotaqaf_jax.quant.folder import CheckpointFolder, read_header
 
-__all__ = ["ModuleReport", "Report", "verify"]
+__all__ = ["ModuleReport", "Report", "moves", "verify"]
 
 _BLOCK = 64 * 2**20
 
@@ -242,6 +242,24 @@ def _compare(old: jax.Array, new: jax.Array, bits: int, count: int) -> tuple[jax
     move = jnp.abs(after.astype(jnp.int32) - before.astype(jnp.int32))
     unused = [words ^ pack(values, bits, axis=-2) for words, values in ((old, before), (new, after))]
     return jnp.sum(move > 0), jnp.max(move), jnp.any(unused[0] != unused[1])
+
+
+def moves(base: CheckpointFolder, model: Decoder) -> tuple[int, int, int]:
+    """How a merged model's integers lie beside its base's: how many there are, how many moved, the largest |move|.
+
+    Args:
+        base: the checkpoint that the model was loaded from; of another one, nothing is found: 0, 0, 0.
+        model: the merged decoder.
+    """
+    integers = moved = largest = 0
+    for name, weight in quantized_weights(model):
+        entry = base.tensors.get(f"{name}.qweight")
+        if entry is None or entry.shape != weight.qweight.shape:
+            return 0, 0, 0
+        found = _compare(base.read(f"{name}.qweight"), fetch(weight.qweight), weight.bits, weight.shape[0])
+        integers += weight.shape[0] * weight.shape[1]
+        moved, largest = moved + int(found[0]), max(largest, int(found[1]))
+    return integers, moved, largest
 
 
 def _check_integers(

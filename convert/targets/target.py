@@ -85,10 +85,16 @@ class ExportReport:
     Attributes:
         target: its name.
         errors: the largest error of every quantised module, in steps of its grid.
+        integers: how many the model has; 0 where they were not compared with a base's.
+        moved: how many of them are not where the base has them.
+        largest_move: the largest |move|, in steps.
     """
 
     target: str
     errors: Mapping[str, float]
+    integers: int = 0
+    moved: int = 0
+    largest_move: int = 0
 
     @property
     def largest(self) -> tuple[str, float]:
@@ -102,17 +108,21 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For a JSON file."""
-        return {"target": self.target, "exact": self.exact, "largest_error_steps": self.largest[1]} | {
-            "errors_steps": dict(self.errors)
-        }
+        found = {"target": self.target, "exact": self.exact, "largest_error_steps": self.largest[1]}
+        if self.integers:
+            found |= {"moved_share": self.moved / self.integers, "largest_move": self.largest_move}
+        return found | {"errors_steps": dict(self.errors)}
 
     def __str__(self) -> str:
         name, error = self.largest
+        found = f"largest error {error:.4f} steps of the grid, in {name}"
         if self.exact:
-            return (
-                f"target       {self.target}: exact, all {len(self.errors)} quantised modules (error {error:.1e} steps)"
-            )
-        return f"target       {self.target}: largest error {error:.4f} steps of the grid, in {name}"
+            found = f"exact, all {len(self.errors)} quantised modules (error {error:.1e} steps)"
+        lines = [f"target       {self.target}: {found}"]
+        if self.moved:  # None did where the base is the merged folder itself.
+            share = self.moved / self.integers
+            lines.append(f"integers     {share:.4%} moved from the base's, none by more than {self.largest_move} step")
+        return "\n".join(lines)
 
 
 def check_fit(target: Target, model: Decoder) -> None:

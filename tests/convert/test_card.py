@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -64,7 +65,33 @@ def test_a_runtime_has_lines_or_a_reason(tmp_path: Path, target: str, loads: lis
         model, tmp_path / "out", base=base, target=target, allow_lossy=True, progress=False
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    assert str(report) in card
+    for line in str(report).splitlines():
+        assert f"    {line}" in card
     parts = dict(re.findall(r"\*\*([\w.-]+)\*\* [^:\n]+:(.*?)(?=\n\*\*|\Z)", section(card, "Loading"), re.DOTALL))
     assert [name for name in parts if "```" in parts[name]] == loads
     assert [name for name in parts if parts[name].startswith(" no. ")] == refused
+
+
+@pytest.mark.parametrize("target", ["mlx", "awq", "hf16", "base"])
+def test_a_base_and_an_adapter_give_the_share_that_verify_finds(tmp_path: Path, target: str) -> None:
+    path = checkpoint("ckpt-llamapos-b4g32-asym")
+    assert path is not None
+    base = CheckpointFolder(path)
+    model = adapter_model(base, offset="none")
+    proven = convert.merge_and_save(model, tmp_path / "merged", base=base, progress=False)
+    convert.save_adapter(model, tmp_path / "adapter", base=base, progress=False)
+    flags = ["export", "--target", target, "--allow-lossy", "--quiet", "--report", str(tmp_path / "report.json")]
+    flags += ["--model", str(base.path), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]
+    assert main(flags) == 0
+    line = f"integers     {proven.moved_share:.4%} moved from the base's, none by more than 1 step"
+    assert line in section((tmp_path / "out" / "README.md").read_text(), "Measured")
+    said = json.loads((tmp_path / "report.json").read_text())
+    assert (said["moved_share"], said["largest_move"]) == (proven.moved_share, proven.largest_move)
+
+
+def test_a_merged_folder_says_nothing_of_moves_that_were_not_measured(tmp_path: Path) -> None:
+    path = checkpoint("ckpt-llamapos-b4g32-asym")
+    assert path is not None
+    flags = ["export", "--target", "awq", "--quiet", "--model", str(path), "--output", str(tmp_path / "out")]
+    assert main(flags) == 0
+    assert "integers" not in section((tmp_path / "out" / "README.md").read_text(), "Measured")
