@@ -136,12 +136,17 @@ def loading_lines(found: ModelFolder, runtime: str, name: str) -> str:
 
 
 def _transformers(kind: str, bits: int | None, name: str, offset: str | None) -> list[str]:
-    exact = {"gptq": ("GPTQConfig", "gptq_torch"), "awq": ("AwqConfig", "torch_awq")}.get(kind)
+    # The exact kernel, on any device; without the argument the fastest there is.
+    how = {
+        "gptq": ("GPTQConfig", f'bits={bits}, backend="gptq_torch"'),
+        "awq": ("AwqConfig", f'bits={bits}, backend="torch_awq"'),
+        # Dequantised on loading; packed, it refuses asymmetric folders.
+        "compressed-tensors": ("CompressedTensorsConfig", "run_compressed=False"),
+    }.get(kind)
     imports, more = "AutoModelForCausalLM", ""
-    if exact is not None:
-        # The exact kernel, on any device; without the argument the fastest there is.
-        imports += f", {exact[0]}"
-        more = f', quantization_config={exact[0]}(bits={bits}, backend="{exact[1]}")'
+    if how is not None:
+        imports += f", {how[0]}"
+        more = f", quantization_config={how[0]}({how[1]})"
     elif kind == "gguf":
         # Without config.json it leaves out rope factors and Llama's biases.
         imports = f"AutoConfig, {imports}"

@@ -224,7 +224,12 @@ RUNTIMES: Mapping[str, Runtime] = {
                 ),
             ),
             "awq": (_say("needs the packages gptqmodel and accelerate."),),
-            "compressed-tensors": (_say("needs the package compressed-tensors; nothing more is known here."),),
+            "compressed-tensors": (
+                _say(
+                    "needs the package compressed-tensors, and if asymmetric "
+                    "quantization_config=CompressedTensorsConfig(run_compressed=False); nothing more is known here."
+                ),
+            ),
             "gguf": (
                 _say(
                     'needs the package gguf: from_pretrained("{path}", gguf_file="{gguf}", '

@@ -3,10 +3,10 @@
     python client.py jobs.json
 
 A job: {"kind", "folder", "adapter" or null, "bits", "input_ids" (.npy), "output" (.npy)}. kind "transformers": float32,
-GPTQModel's exact torch kernel, the adapter by PEFT. kinds "dense" and "gguf": the same of 16 bit, and of a GGUF file.
-kind "gptqmodel": GPTQModel's own loader and adapters, float16. kinds "awq" and "awq-gptqmodel": the two of AWQ, with
-the exact kernel for that. kind "mlx": mlx-lm on the CPU. kind "onnx": ONNX Runtime, all at once. kind "onnx-genai":
-onnxruntime-genai, one token after the other.
+GPTQModel's exact torch kernel, the adapter by PEFT. kinds "dense", "compressed-tensors" and "gguf": the same of 16 bit,
+of such a folder dequantised, and of a GGUF file. kind "gptqmodel": GPTQModel's own loader and adapters, float16. kinds
+"awq" and "awq-gptqmodel": the two of AWQ, with the exact kernel for that. kind "mlx": mlx-lm on the CPU. kind "onnx":
+ONNX Runtime, all at once. kind "onnx-genai": onnxruntime-genai, one token after the other.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import torch
 
 def with_transformers(job: dict[str, Any]) -> Any:
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, CompressedTensorsConfig, GPTQConfig
 
     kinds = {
         "dense": {},
         "gguf": {"gguf_file": "model.gguf", "config": AutoConfig.from_pretrained(job["folder"])},
         "awq": {"quantization_config": AwqConfig(bits=job["bits"], backend="torch_awq")},
+        # Dequantised on loading: packed, transformers 5.23 refuses the zero points that compressed-tensors packs.
+        "compressed-tensors": {"quantization_config": CompressedTensorsConfig(run_compressed=False)},
         "transformers": {"quantization_config": GPTQConfig(bits=job["bits"], backend="gptq_torch")},
     }
     model = AutoModelForCausalLM.from_pretrained(

@@ -19,10 +19,11 @@ import convert
 import lotaqaf_jax
 from convert.tensors import quantized_weights
 from lotaqaf_jax.errors import CheckpointError
-from lotaqaf_jax.models import DecoderConfig, init_decoder
+from lotaqaf_jax.models import DecoderConfig, init_decoder, merge
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
-from tests.interop.conftest import SIZES
+from tests.interop.conftest import SIZES, run_client
+from tests.interop.test_clients import distance
 
 CLIENT = Path(__file__).parent / "writers.py"
 
@@ -206,3 +207,60 @@ def test_logits_are_the_librarys(rounds: dict[str, Round], case: Case, what: str
 def test_8_bit_in_a_16_bit_type_is_refused(root: Path) -> None:
     with pytest.raises(CheckpointError, match=r"biases: -biases/scales is up to 0\.\d+ of a step"):
         lotaqaf_jax.load_pretrained(root / f"mlx-{REFUSED.name}", progress=False)
+
+
+OFFSETS = (
+    ("awq-g32", "awq"),
+    ("awq-g64", "awq"),
+    ("awq-g32", "awq-gptqmodel"),
+    ("compressed-tensors-w4-asym", "compressed-tensors"),
+    ("compressed-tensors-w4-sym", "compressed-tensors"),
+    ("compressed-tensors-w8-channel", "compressed-tensors"),
+)
+
+
+@pytest.fixture(scope="module")
+def with_offsets(
+    root: Path, client_python: str
+) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray, np.ndarray | str]]:
+    """Our logits and the client's, by folder, client and LoRA: that in the merged folder, or that of target peft."""
+    ids = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (2, 24), dtype=np.int32)
+    np.save(root / "offset.ids.npy", ids)
+    jobs: list[dict[str, object]] = []
+    ours = {}
+    for name in dict(OFFSETS):
+        base, merged = CheckpointFolder(root / name), root / f"{name}-offset"
+        model = adapter_model(base, offset="reference")
+        convert.merge_and_save(model, merged, base=base, progress=False)
+        lora = root / f"{name}-lora"
+        convert.save_pretrained(merge(model), lora, base=base, target="peft", progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            plain = lotaqaf_jax.load_pretrained(merged, dtype=jnp.float32, progress=False)
+        ours[name] = np.asarray(model(ids)), np.asarray(plain(ids))
+    asked = {}
+    for name, kind in OFFSETS:
+        for what, adapter in (("beside", root / f"{name}-offset" / "offset_adapter"), ("peft", root / f"{name}-lora")):
+            output = root / f"{name}-{kind}-{what}.npy"
+            job = {"kind": kind, "folder": str(root / f"{name}-offset"), "bits": 4}
+            jobs.append(job | {"adapter": str(adapter), "input_ids": str(root / "offset.ids.npy")})
+            jobs[-1] |= {"output": str(output)}
+            asked[name, kind, what] = str(output)
+    found = run_client(client_python, jobs, root)
+    return {key: (*ours[key[0]], found[output]) for key, output in asked.items()}
+
+
+@pytest.mark.parametrize(("name", "kind"), OFFSETS)
+@pytest.mark.parametrize("what", ["beside", "peft"])
+def test_the_offset_beside_other_formats(
+    with_offsets: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray, np.ndarray | str]],
+    name: str,
+    kind: str,
+    what: str,
+) -> None:
+    """PEFT, and GPTQModel's adapters, put mu on a merged AWQ or compressed-tensors folder."""
+    ours, without, theirs = with_offsets[name, kind, what]
+    here = distance(ours, theirs)
+    print(f"{name} {kind} {what}: {here:.2e}")
+    assert here <= (0.03 if kind == "awq-gptqmodel" else 0.015)
+    assert distance(ours, without) > 4 * here  # mu is seen
