@@ -167,8 +167,9 @@ def _quantize(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--checkpoint_format",
+        default="gptq",
         metavar="NAME",
-        help="how zero points are stored: gptq or gptq_v2 (default: gptq with --sym, else gptq_v2)",
+        help="how zero points are stored: gptq (v1) or gptq_v2 (default: gptq)",
     )
     command.add_argument("--samples", type=int, default=256, metavar="N", help="of calibration text (default: 256)")
     command.add_argument(

@@ -15,7 +15,7 @@ from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, DecoderConfig
 from lotaqaf_jax.quant.config import QuantizationConfig
 
-__all__ = ["WRITER", "complete_config", "model_config", "quantization_config"]
+__all__ = ["WRITER", "complete_config", "model_config", "quantization_config", "writers"]
 
 WRITER = f"lotaqaf_jax:{__version__}"
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -65,12 +65,20 @@ def model_config(config: DecoderConfig, dtype: Any) -> dict[str, Any]:
     return written
 
 
+def writers(checkpoint_format: str, sym: bool) -> list[str]:
+    """``meta.quantizer`` of a new GPTQ folder.
+
+    Older writers corrupted asymmetric zero points in v1, so that GPTQModel reads those from writers it knows alone, on
+    whose list "gptqmodel" of version 0.9.0 stands for the convention that is kept here too.
+    """
+    return [WRITER, "gptqmodel:0.9.0"] if checkpoint_format == "gptq" and not sym else [WRITER]
+
+
 def quantization_config(model: Decoder) -> dict[str, Any] | None:
     """The ``quantization_config`` that describes the packed weights of ``model``, or None if it has none.
 
     Width and group size are those of most modules; the others are named in ``dynamic``, those in 16 bit with ``-:``.
-    The format is that of the weights, but an asymmetric model is always ``gptq_v2``: GPTQModel reads asymmetric
-    weights in v1 only from files that itself has written, since older writers corrupted their zero points.
+    The format is that of the weights.
 
     Raises:
         ConfigError: weights of both formats.
@@ -83,6 +91,7 @@ def quantization_config(model: Decoder) -> dict[str, Any] | None:
     formats = {weight.checkpoint_format for weight in packed.values()}
     if len(formats) > 1:
         raise ConfigError(f"the model mixes the formats {sorted(formats)}; one checkpoint has one. Load one of them.")
+    form = formats.pop()
     sym = all(bool(jnp.all(weight.zeros == 2 ** (weight.bits - 1))) for weight in packed.values())
     dynamic: dict[str, dict[str, int]] = {}
     for name, linear, _ in named_linears(model):
@@ -94,11 +103,11 @@ def quantization_config(model: Decoder) -> dict[str, Any] | None:
             dynamic[f"+:{pattern}"] = {"bits": kinds[name][0], "group_size": kinds[name][1]}
     config: dict[str, Any] = {
         "bits": bits,
-        "checkpoint_format": formats.pop() if sym else "gptq_v2",
+        "checkpoint_format": form,
         "desc_act": any(weight.g_idx is not None for weight in packed.values()),
         "group_size": group_size,
         "lm_head": "lm_head" in packed,
-        "meta": {"quantizer": [WRITER]},
+        "meta": {"quantizer": writers(form, sym)},
         "pack_dtype": "int32",
         "quant_method": "gptq",
         "sym": sym,

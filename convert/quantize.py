@@ -32,7 +32,7 @@ from tqdm import tqdm
 from convert.block import GPTQSettings, Stream, quantize_block
 from convert.calibration import calibration_samples, check_samples
 from convert.hf import copy_companions
-from convert.hf_config import WRITER
+from convert.hf_config import writers
 from convert.writing import TensorFile, new_folder, write_json
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import DecoderConfig, local_folder
@@ -51,7 +51,6 @@ LOG = "quantize_log.json"
 """In the new folder: settings, calibration, and the error of every projection."""
 
 _LENGTH = 2048  # tokens of a sample, where the model has so many positions
-_CONVENTION = "gptqmodel:0.9.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ def quantize(
     act_group_aware: bool = True,
     damp_percent: float = 0.05,
     grid_search: bool = True,
-    checkpoint_format: str | None = None,
+    checkpoint_format: str = "gptq",
     samples: int = 256,
     length: int | None = None,
     seed: int = 0,
@@ -152,10 +151,8 @@ def quantize(
         act_group_aware: without ``desc_act``, act-order that keeps groups whole; g_idx stays i // group_size.
         damp_percent: added to the diagonal of a Hessian, as a share of its mean.
         grid_search: narrow the range of a group where that lowers its error.
-        checkpoint_format: how zero points are stored, "gptq" (v1) or "gptq_v2"; None for v1 if ``sym``, else v2,
-            because GPTQModel reads asymmetric v1 only from a list of writers it knows, on which "gptqmodel" of version
-            0.9.0 stands for the convention that is kept here too: with asymmetric v1 that name goes into
-            ``meta.quantizer`` beside ours.
+        checkpoint_format: how zero points are stored, "gptq" (v1) or "gptq_v2". Whatever reads v2 reads v1, and some
+            software reads v1 only; see :func:`convert.hf_config.writers` for what that takes of an asymmetric model.
         samples: of a dataset, how many.
         length: of a dataset, tokens of each; None for 2048, or as many positions as the model has.
         seed: of a dataset, which rows.
@@ -176,7 +173,7 @@ def quantize(
     """
     begun = time.perf_counter()
     settings = GPTQSettings(bits, group_size, sym, desc_act, act_group_aware, damp_percent, grid_search)
-    form = check_format(checkpoint_format or ("gptq" if sym else "gptq_v2"), "--checkpoint_format")
+    form = check_format(checkpoint_format, "--checkpoint_format")
     folder = CheckpointFolder(local_folder(model))
     config = _dense_config(folder)
     dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
@@ -224,9 +221,6 @@ def _dense_config(folder: CheckpointFolder) -> DecoderConfig:
 
 def quantization_config(settings: GPTQSettings, checkpoint_format: str) -> dict[str, Any]:
     """The ``quantization_config`` of what :func:`quantize` writes, by the keys that GPTQModel and transformers read."""
-    writers = [WRITER]
-    if checkpoint_format == "gptq" and not settings.sym:
-        writers.append(_CONVENTION)
     return {
         "bits": settings.bits,
         "checkpoint_format": checkpoint_format,
@@ -234,7 +228,7 @@ def quantization_config(settings: GPTQSettings, checkpoint_format: str) -> dict[
         "group_size": settings.group_size,
         "lm_head": False,
         "meta": {
-            "quantizer": writers,
+            "quantizer": writers(checkpoint_format, settings.sym),
             "act_group_aware": settings.together is not None,
             "damp_percent": settings.damp_percent,
             "true_sequential": True,

@@ -15,7 +15,7 @@ import convert.hf
 import lotaqaf_jax
 from convert.hf_config import model_config
 from lotaqaf_jax.errors import CheckpointError, ConfigError
-from lotaqaf_jax.models import DecoderConfig, init_decoder
+from lotaqaf_jax.models import DecoderConfig, init_decoder, linears
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import CHECKPOINTS, checkpoint
 
@@ -47,9 +47,12 @@ def test_config_made_from_the_model_describes_it(name: str, tmp_path: Path) -> N
     again = lotaqaf_jax.load_pretrained(tmp_path / "out", progress=False)
     assert again.config == model.config
     np.testing.assert_array_equal(model(IDS), again(IDS))
-    # GPTQModel reads asymmetric weights in v1 only from itself, so they are never written as v1 under our name.
     said = CheckpointFolder(tmp_path / "out").config["quantization_config"]
-    assert said["sym"] or said["checkpoint_format"] == "gptq_v2"
+    weight = next(linear.packed for _, linear in linears(model) if linear.is_quantized)
+    assert said["checkpoint_format"] == weight.checkpoint_format
+    # GPTQModel reads asymmetric weights in v1 from itself alone.
+    v1 = convert.check_runtime(tmp_path / "out", "gptqmodel")
+    assert v1.loads, v1.reasons
     assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == said
 
 

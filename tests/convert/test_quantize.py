@@ -218,17 +218,17 @@ def test_shards_stay_and_the_index_names_every_tensor(qwen: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("sym", "asked", "form", "writers"),
     [
-        (True, None, "gptq", 1),
-        (False, None, "gptq_v2", 1),
-        (False, "gptq", "gptq", 2),
-        (True, "gptq_v2", "gptq_v2", 1),
+        (True, {}, "gptq", 1),
+        (False, {}, "gptq", 2),
+        (False, {"checkpoint_format": "gptq_v2"}, "gptq_v2", 1),
+        (True, {"checkpoint_format": "gptq_v2"}, "gptq_v2", 1),
     ],
 )
 def test_formats_hold_the_same_weights(
-    qwen: Path, tmp_path: Path, sym: bool, asked: str | None, form: str, writers: int
+    qwen: Path, tmp_path: Path, sym: bool, asked: dict[str, str], form: str, writers: int
 ) -> None:
     options: dict[str, Any] = {"calibration": samples(4), "bits": 4, "group_size": 16, "sym": sym, "progress": False}
-    convert.quantize(qwen, tmp_path / "one", checkpoint_format=asked, **options)
+    convert.quantize(qwen, tmp_path / "one", **asked, **options)
     convert.quantize(qwen, tmp_path / "two", checkpoint_format="gptq_v2", **options)
     one, two = (CheckpointFolder(tmp_path / name) for name in ("one", "two"))
     said = one.config["quantization_config"]
@@ -237,6 +237,9 @@ def test_formats_hold_the_same_weights(
         weights = [weight_of(folder, f"model.layers.{index}.{path}") for folder in (one, two)]
         np.testing.assert_array_equal(weights[0].dequantize(), weights[1].dequantize())
         assert not sym or (np.asarray(weights[0].zeros) == 8).all()
+    for runtime, loads in {"sglang": form == "gptq", "transformers": True, "gptqmodel": True}.items():
+        verdict = convert.check_runtime(tmp_path / "one", runtime)
+        assert verdict.loads == loads, verdict.reasons
 
 
 def test_padding_and_chunks_change_nothing(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

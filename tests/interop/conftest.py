@@ -86,12 +86,12 @@ CASES = (
 )
 
 
-# 16-bit models quantised here: (name, model type, settings). v1 with zero points of their own is read by GPTQModel only
-# because of what `meta.quantizer` says.
+# 16-bit models quantised here: (name, model type, settings). v1 with zero points of their own, the default, is read by
+# GPTQModel only because of what `meta.quantizer` says.
 QUANTIZED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("quantized-llama-b4g32-asym", "llama", {"bits": 4}),
-    ("quantized-llama-b3g32-asym-v1", "llama", {"bits": 3, "checkpoint_format": "gptq"}),
-    ("quantized-qwen2-b4g32-asym-v1", "qwen2", {"bits": 4, "checkpoint_format": "gptq"}),
+    ("quantized-llama-b3g32-asym", "llama", {"bits": 3}),
+    ("quantized-qwen2-b4g32-asym-v2", "qwen2", {"bits": 4, "checkpoint_format": "gptq_v2"}),
     ("quantized-qwen2-b2g32-sym-desc", "qwen2", {"bits": 2, "sym": True, "desc_act": True}),
     ("quantized-llama-b8g64-asym-partial", "llama", {"bits": 8, "group_size": 64}),
 )
