@@ -10,7 +10,6 @@ Source: onnxruntime-genai, whose model builder writes the graph; :mod:`convert.t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,11 @@ from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.onnx_graph import Dense, Packed, build_graph, onnx_packages, read_matrices
 from convert.targets.onnx_matrix import SMALLEST_BLOCK, Matrix, block_rows, matrix, stored_bits
 from convert.targets.target import Record, Source, Target
-from convert.tensors import hf_tensors, named_linears, take
+from convert.tensors import hf_tensors, quantized_stacks, take
 from convert.writing import write_json
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.parallel.processes import agree, is_main
-from lotaqaf_jax.quant import QuantizedWeight
 
 __all__ = ["ONNX"]
 
@@ -36,22 +34,16 @@ _OUTPUTS = 1024
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def _quantized(model: Decoder) -> Iterator[tuple[str, QuantizedWeight, int | None]]:
-    for name, linear, i in named_linears(model):
-        if linear.is_quantized:
-            yield name, linear.packed, i
-
-
 def _size(model: Decoder) -> int:
     config = model.config
     size = 4 * config.max_position_embeddings * config.head_dim  # cosines and sines
     sums = set()
-    packed = {name for name, *_ in _quantized(model)}
+    packed = quantized_stacks(model)
     for tensor in hf_tensors(model):
         module, _, end = tensor.name.rpartition(".")
         if module not in packed or end not in _PARTS:
             size += 4 * int(np.prod(tensor.shape, dtype=np.int64))
-    for _, weight, _ in _quantized(model):
+    for weight, _ in packed.values():
         n_in, n_out = weight.shape
         blocks = -(-n_in // block_rows(n_in, weight.group_size))
         size += n_out * (n_in * stored_bits(weight.bits) // 8 + 5 * blocks)
@@ -74,7 +66,7 @@ def _write(model: Decoder, source: Source, folder: Path, record: Record, progres
         build_graph(folder, model.config.model_type, model.lm_head is None, modules)
     del modules
     read = read_matrices(folder) if is_main() else None
-    for name, weight, i in _quantized(model):
+    for name, (weight, i) in quantized_stacks(model).items():
         whole = host_weight(take(weight, i))
         error = 0.0 if read is None else _error(read(name), whole)
         record(name, float(agree(repr(error))))
@@ -85,9 +77,8 @@ def _modules(model: Decoder, progress: bool) -> dict[str, Dense | Packed]:
     import torch
 
     packed: dict[str, Packed] = {}
-    weights = list(_quantized(model))
-    with tqdm(weights, desc="writing", delay=1.0, disable=not progress) as bar:
-        for name, weight, i in bar:
+    with tqdm(quantized_stacks(model).items(), desc="writing", delay=1.0, disable=not progress) as bar:
+        for name, (weight, i) in bar:
             if block_rows(weight.shape[0], weight.group_size) < SMALLEST_BLOCK:
                 raise _refused(
                     name, f"has {weight.shape[0]} inputs in one group, it holds multiples of {SMALLEST_BLOCK}"
