@@ -8,14 +8,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from convert.runtimes.folder import ModelFolder, Module
+from convert.runtimes.folder import ModelFolder
+from convert.targets import TARGETS
 from lotaqaf_jax.quant.config import QuantizationConfig
 
 __all__ = ["EXPORTS", "exported"]
-
-_MLX_GROUPS = (32, 64, 128)
-_GGUF_BLOCK = 32
-_ONNX_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def exported(folder: ModelFolder, target: str) -> ModelFolder | None:
@@ -25,7 +22,11 @@ def exported(folder: ModelFolder, target: str) -> ModelFolder | None:
         folder: what is there. Only GPTQ folders that this package reads are exported.
         target: one of ``EXPORTS``.
     """
-    return EXPORTS[target](folder) if folder.kind == "gptq" and folder.rules is not None else None
+    held = TARGETS[target]
+    misfits = (why for m in folder.modules for why in held.misfits(m.bits, m.group_size, m.shape, m.in_order))
+    if folder.kind != "gptq" or folder.rules is None or next(misfits, None):
+        return None
+    return EXPORTS[target](folder)
 
 
 def _gptq(folder: ModelFolder) -> ModelFolder | None:
@@ -43,8 +44,6 @@ def _peft(folder: ModelFolder) -> ModelFolder | None:
 
 def _gptq8(folder: ModelFolder) -> ModelFolder | None:
     """Re-grid of up to 4 bit to 8 bit symmetric, mu in its integers; groups and their order stay."""
-    if any(module.bits > 4 for module in folder.modules):
-        return None
     config: dict[str, Any] = {**folder.quantization, "bits": 8, "sym": True}
     if dynamic := config.get("dynamic"):
         config["dynamic"] = {
@@ -63,10 +62,9 @@ def _gptq8(folder: ModelFolder) -> ModelFolder | None:
 
 
 def _awq(folder: ModelFolder) -> ModelFolder | None:
-    """A repack: 4 bit, integer zero points (no mu), rows in order, groups of one size, no quantised head."""
+    """A repack: integer zero points (no mu), groups of one size, no quantised head."""
     sizes = {module.group_size for module in folder.modules}
-    fits = all(m.bits == 4 and m.in_order and m.whole_groups and m.shape[1] % 8 == 0 for m in folder.modules)
-    if not fits or len(sizes) != 1 or folder.lora_ranks or folder.quantizes_head:
+    if len(sizes) != 1 or folder.lora_ranks or folder.quantizes_head:
         return None
     config = {"quant_method": "awq", "bits": 4, "group_size": sizes.pop(), "zero_point": True, "version": "gemm"}
     tensors = {name: shape for name, shape in folder.tensors.items() if not name.endswith(".g_idx")}
@@ -74,9 +72,8 @@ def _awq(folder: ModelFolder) -> ModelFolder | None:
 
 
 def _mlx(folder: ModelFolder) -> ModelFolder | None:
-    """Scale s and bias s * (mu - z) for each group; rows in order."""
-    fits = all(m.group_size in _MLX_GROUPS and m.whole_groups and m.in_order for m in folder.modules)
-    if not fits or not folder.modules:
+    """Scale s and bias s * (mu - z) for each group."""
+    if not folder.modules:
         return None
     grid = {"bits": folder.modules[0].bits, "group_size": folder.modules[0].group_size}
     tensors = _renamed(folder, {"qweight": "weight", "scales": "scales", "qzeros": "biases"})
@@ -84,23 +81,12 @@ def _mlx(folder: ModelFolder) -> ModelFolder | None:
 
 
 def _gguf(folder: ModelFolder) -> ModelFolder | None:
-    """Q4_1: blocks of 32 rows, up to 4 bit; rows in order."""
-
-    def fits(module: Module) -> bool:
-        blocks = module.shape[0] % _GGUF_BLOCK == 0 and (
-            module.group_size == -1 or module.group_size % _GGUF_BLOCK == 0
-        )
-        return module.bits <= 4 and module.in_order and blocks
-
-    if not all(fits(module) for module in folder.modules):
-        return None
+    """One file."""
     return dataclasses.replace(_other(folder, "gguf", {}, {}), gguf=(folder.path / "model.gguf",))
 
 
 def _onnx(folder: ModelFolder) -> ModelFolder | None:
-    """MatMulNBits: groups are one or several blocks of at least 16 rows."""
-    if any((m.shape[0] % 16 if m.group_size == -1 else m.group_size not in _ONNX_GROUPS) for m in folder.modules):
-        return None
+    """A graph, whose tensors no rule looks at."""
     return _other(folder, "onnx", {}, {})
 
 

@@ -135,11 +135,6 @@ def _bytes(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def _packed(name: str, target: str, weight: QuantizedWeight, i: int | None, rows: np.ndarray | None) -> _Tensor:
     n_in, n_out = weight.shape
-    if n_in % _BLOCK:
-        raise ConfigError(
-            f"--target gguf: {name} has {n_in} inputs, Q4_1 holds multiples of {_BLOCK}. Use another target; gptq "
-            "holds every model that loads."
-        )
 
     def read() -> tuple[np.ndarray, float]:
         from gguf import GGMLQuantizationType
@@ -251,6 +246,7 @@ GGUF = Target(
     title="GGUF, one file, Q4_1",
     bits=(2, 3, 4),
     group_sizes=(32, 64, 128, 256, 512, 1024, -1),
+    inputs=_BLOCK,
     act_order=False,
     offset="in the minima of the blocks, rounded to float16",
     exact="without an offset (at 4 bit: if symmetric) and with float16 scales; else off by up to 0.008 of a step",

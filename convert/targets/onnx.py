@@ -79,10 +79,6 @@ def _modules(model: Decoder, progress: bool) -> dict[str, Dense | Packed]:
     packed: dict[str, Packed] = {}
     with tqdm(quantized_stacks(model).items(), desc="writing", delay=1.0, disable=not progress) as bar:
         for name, (weight, i) in bar:
-            if block_rows(weight.shape[0], weight.group_size) < SMALLEST_BLOCK:
-                raise _refused(
-                    name, f"has {weight.shape[0]} inputs in one group, it holds multiples of {SMALLEST_BLOCK}"
-                )
             found = matrix(host_weight(take(weight, i)))
             if found is None:
                 raise _refused(name, "is in act-order with groups that are not of one length")
@@ -116,6 +112,7 @@ def _error(written: Matrix, weight: HostWeight) -> float:
 ONNX = Target(
     name="onnx",
     title="ONNX for CPUs, MatMulNBits",
+    group_rows=SMALLEST_BLOCK,
     group_sizes=(16, 32, 64, 128, 256, 512, 1024, -1),
     offset="as sums of groups beside each product",
     exact="yes",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.tensors import named_linears
+from convert.tensors import quantized_stacks
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder
-from lotaqaf_jax.quant import QuantizedWeight
 from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.quant.weight import group_length
 
 __all__ = ["EXACT", "ExportReport", "Record", "Source", "Target", "check_fit", "table_row"]
 
@@ -61,7 +61,9 @@ class Target:
         group_sizes: rows of a group that it holds, -1 standing for one group; None for any.
         act_order: whether groups may be scattered.
         partial: whether the last group may be shorter than the others.
-        multiple: of what the outputs of a weight have to be a multiple.
+        inputs: of what the inputs of a weight have to be a multiple.
+        group_rows: of what the rows of a group have to be a multiple, of all inputs where they are one group.
+        outputs: of what the outputs of a weight have to be a multiple.
     """
 
     name: str
@@ -75,7 +77,34 @@ class Target:
     group_sizes: tuple[int, ...] | None = None
     act_order: bool = True
     partial: bool = True
-    multiple: int = 1
+    inputs: int = 1
+    group_rows: int = 1
+    outputs: int = 1
+
+    def misfits(self, bits: int, group_size: int, shape: tuple[int, int], in_order: bool) -> Iterator[str]:
+        """Why it has no room for a weight.
+
+        Args:
+            bits: width of the integers.
+            group_size: rows of a group, -1 for one group.
+            shape: (in, out).
+            in_order: row i is of group i // group_size.
+        """
+        n_in, n_out = shape
+        if bits not in self.bits:
+            yield f"{bits} bit, it holds {_list(self.bits)}"
+        if self.group_sizes is not None and group_size not in self.group_sizes:
+            yield f"groups of {group_size} rows, it holds {_list(self.group_sizes)}"
+        elif group_length(n_in, group_size) % self.group_rows:
+            yield f"{n_in} inputs in one group, it holds multiples of {self.group_rows}"
+        elif n_in % self.inputs:
+            yield f"{n_in} inputs, it holds multiples of {self.inputs}"
+        if not in_order and not self.act_order:
+            yield "act-order (the rows of a group lie anywhere), it holds groups of consecutive rows"
+        if not self.partial and group_size != -1 and n_in % group_size:
+            yield f"{n_in} inputs, it holds whole groups of {group_size}"
+        if n_out % self.outputs:
+            yield f"{n_out} outputs, it holds multiples of {self.outputs}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +161,9 @@ def check_fit(target: Target, model: Decoder) -> None:
         ConfigError: names the modules that do not fit, and why.
     """
     found: dict[str, list[str]] = {}
-    for name, linear, _ in named_linears(model):
-        if linear.is_quantized:
-            for why in _misfits(target, linear.packed):
-                found.setdefault(why, []).append(name)
+    for name, (weight, _) in quantized_stacks(model).items():
+        for why in target.misfits(weight.bits, weight.group_size, weight.shape, weight.g_idx is None):
+            found.setdefault(why, []).append(name)
     if found:
         lines = [f"{why} ({_first(names)})" for why, names in found.items()]
         raise ConfigError(
@@ -149,20 +177,6 @@ def table_row(target: Target) -> str:
     groups = "any" if target.group_sizes is None else _list(target.group_sizes)
     cells = [f"`{target.name}`", target.title, _list(target.bits), groups, "yes" if target.act_order else "no"]
     return f"| {' | '.join([*cells, target.offset, target.exact, ', '.join(target.runtimes)])} |"
-
-
-def _misfits(target: Target, weight: QuantizedWeight) -> Iterator[str]:
-    if weight.bits not in target.bits:
-        yield f"{weight.bits} bit, it holds {_list(target.bits)}"
-    if target.group_sizes is not None and weight.group_size not in target.group_sizes:
-        yield f"groups of {weight.group_size} rows, it holds {_list(target.group_sizes)}"
-    if weight.g_idx is not None and not target.act_order:
-        yield "act-order (the rows of a group lie anywhere), it holds groups of consecutive rows"
-    n_in, n_out = weight.shape
-    if not target.partial and weight.group_size != -1 and n_in % weight.group_size:
-        yield f"{n_in} inputs, it holds whole groups of {weight.group_size}"
-    if n_out % target.multiple:
-        yield f"{n_out} outputs, it holds multiples of {target.multiple}"
 
 
 def _first(names: list[str]) -> str:

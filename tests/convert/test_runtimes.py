@@ -372,7 +372,7 @@ TARGETS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "8 bit": ({"bits": 8}, {"vllm": "gptq hf16", "mlx": "mlx hf16", "llama.cpp": ""}),
     "groups of 16": ({"group_size": 16}, {"vllm": "hf16", "mlx": "hf16", "llama.cpp": "", "onnxruntime": "onnx"}),
     "groups of 8": ({"group_size": 8}, {"vllm": "hf16", "onnxruntime": ""}),
-    "one group": ({"group_size": -1}, {"vllm": "gptq gptq8 awq hf16", "mlx": "hf16", "llama.cpp": "gguf"}),
+    "one group": ({"group_size": -1}, {"vllm": "gptq gptq8 hf16", "mlx": "hf16", "llama.cpp": "gguf"}),
     "a group left over": ({"modules": {DOWN: (144, HIDDEN)}}, {"vllm": "hf16", "mlx": "hf16", "llama.cpp": ""}),
 }
 
