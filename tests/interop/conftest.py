@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
 from tests.models.tiny import set_random_low_rank
 from tests.peer import torch_model
+from tests.quick import quick_compilation
 
 CLIENT = Path(__file__).parent / "client.py"
 
@@ -137,24 +139,43 @@ def client_python() -> str:
     return python
 
 
-def run_client(python: str, jobs: list[dict[str, object]], root: Path) -> dict[str, np.ndarray | str]:
-    """Let the client do all jobs (see client.py); its logits, or what it said, by the job's output."""
-    (root / "jobs.json").write_text(json.dumps(jobs))
+def run_python(python: str, *arguments: str | Path, cwd: Path) -> str:
+    """What the clients' Python prints; a failure has the end of all that it said."""
     run = subprocess.run(
-        [python, str(CLIENT), str(root / "jobs.json")],
+        [python, *map(str, arguments)],
         env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=False,
-        cwd=root,
+        cwd=cwd,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    failed = json.loads((root / "jobs.json.failed").read_text())
+    return run.stdout
+
+
+def run_jobs(python: str, script: Path, jobs: Sequence[Mapping[str, Any]], file: Path) -> dict[str, str]:
+    """Let a script here do all jobs, which it finds in ``file``; what those that failed said."""
+    file.write_text(json.dumps(jobs))
+    run_python(python, script, file, cwd=file.parent)
+    failed: dict[str, str] = json.loads(Path(f"{file}.failed").read_text())
+    return failed
+
+
+def run_client(python: str, jobs: Sequence[Mapping[str, Any]], root: Path) -> dict[str, np.ndarray | str]:
+    """Let the client do all jobs (see client.py); its logits, or what it said, by the job's output."""
+    failed = run_jobs(python, CLIENT, jobs, root / "jobs.json")
     outputs = [str(job["output"]) for job in jobs]
     return {output: failed[output] if output in failed else np.load(output) for output in outputs}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """Clients are compared up to rounding, so nothing here asks what the compiler does."""
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="package")
 def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict[str, Opened]:
     root = tmp_path_factory.mktemp("interop")
     jobs: list[dict[str, object]] = []

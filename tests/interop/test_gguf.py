@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
 from tests.convert.targets.gguf_making import LLAMA3, changed_tokenizer, config, merged, module_weights, split
 from tests.convert.targets.sentencepiece_making import sentencepiece_folder
+from tests.interop.conftest import run_python
 from tests.models.tiny import quantized_decoder
 from tests.peer import torch_model
-from tests.quick import quick_compilation
 
 CLIENT = Path(__file__).parent / "gguf_client.py"
 PLAIN_TEXTS = ["the hand in that hat", "  then  a thing\n\tand  ", "äöü 漢字 🙂", " ", "thththth"]
@@ -162,19 +160,10 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
         if texts:
             tokenizer = AutoTokenizer.from_pretrained(root / f"{case.name}.base")
             tokens = [tokenizer.encode(text) for text in texts]
-        with quick_compilation():
-            logits = [np.asarray(m(ids), np.float32) for m in (model, base)]
+        logits = [np.asarray(m(ids), np.float32) for m in (model, base)]
         here[case.name] = (logits_of_the_file(folder, model, ids), *logits, tokens)
     (root / "jobs.json").write_text(json.dumps(jobs))
-    run = subprocess.run(
-        [client_python, str(CLIENT), str(root / "jobs.json")],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=root,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    run_python(client_python, CLIENT, root / "jobs.json", cwd=root)
     found = {}
     for name, (same, ours, base_logits, tokens) in here.items():
         theirs = np.load(root / f"{name}.npz")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import DecoderConfig, init_decoder, merge
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
-from tests.interop.conftest import SIZES, run_client
+from tests.interop.conftest import SIZES, run_client, run_jobs
 from tests.interop.test_clients import distance
 
 CLIENT = Path(__file__).parent / "writers.py"
@@ -80,21 +77,6 @@ class Round:
     moved: float
 
 
-def _run(python: str, jobs: list[dict[str, Any]], path: Path) -> dict[str, str]:
-    path.write_text(json.dumps(jobs))
-    run = subprocess.run(
-        [python, str(CLIENT), str(path)],
-        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=path.parent,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    failed: dict[str, str] = json.loads(Path(f"{path}.failed").read_text())
-    return failed
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> Path:
     """A folder of 16-bit models and what the libraries made of them."""
@@ -115,7 +97,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> Path:
         }
         for case in (*CASES, REFUSED)
     ]
-    failed = _run(client_python, jobs, root / "write.json")
+    failed = run_jobs(client_python, CLIENT, jobs, root / "write.json")
     assert not failed, "\n".join(failed.values())
     return root
 
@@ -146,7 +128,7 @@ def rounds(root: Path, client_python: str) -> dict[str, Round]:
             ours[case.kind, case.name, what], scales[case.kind, case.name] = (weights, logits), scale
             job = {"kind": case.kind, "folder": str(folder), "input_ids": str(root / "ids.npy")}
             jobs.append(job | {"weights": f"{folder}.npz", "logits": f"{folder}.npy"})
-    failed = _run(client_python, jobs, root / "read.json")
+    failed = run_jobs(client_python, CLIENT, jobs, root / "read.json")
     assert not failed, "\n".join(failed.values())
     found = {}
     for case in CASES:

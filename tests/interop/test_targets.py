@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
 from tests.convert.targets.gguf_making import changed_tokenizer, config, split
-from tests.interop.conftest import SIZES, run_client, with_tokenizer
+from tests.interop.conftest import SIZES, run_client, run_python, with_tokenizer
 from tests.interop.test_clients import TOLERANCE as TOLERANCES
 from tests.interop.test_clients import distance
 from tests.models.tiny import DecoderConfig, quantized_decoder
@@ -196,16 +194,7 @@ def test_the_lines_of_the_cards_load_their_folders(tmp_path: Path, client_python
         convert.save_pretrained(model, tmp_path / target, **given)
     blocks = {name: (tmp_path / name / "README.md").read_text().count("```python") for name in CARDS}
     assert blocks == CARDS
-    run = subprocess.run(
-        [client_python, "-c", RUN_BLOCKS, *CARDS],
-        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    failed = json.loads(run.stdout.splitlines()[-1])
+    failed = json.loads(run_python(client_python, "-c", RUN_BLOCKS, *CARDS, cwd=tmp_path).splitlines()[-1])
     assert not failed, "\n".join(failed.values())
 
 
@@ -240,13 +229,5 @@ def test_onnxruntime_makes_the_tokens_of_transformers(tmp_path: Path, client_pyt
         source = changed_tokenizer(tmp_path / f"{name}.base", pre_tokenizer=split(digits))
         model = quantized_decoder(config(name), QuantSpec(4, 32))
         convert.save_pretrained(model, tmp_path / name, tokenizer_from=source, target="onnx", progress=False)
-    run = subprocess.run(
-        [client_python, "-c", TOKENS, json.dumps(TEXTS), "llama", "qwen2"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == []
+    said = run_python(client_python, "-c", TOKENS, json.dumps(TEXTS), "llama", "qwen2", cwd=tmp_path)
+    assert json.loads(said.splitlines()[-1]) == []

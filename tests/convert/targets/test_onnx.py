@@ -228,7 +228,9 @@ def test_groups_below_a_block_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="groups of 8 rows, it holds 16, 32, 64"):
         save(quantized_decoder(config(), QuantSpec(4, 8)), tmp_path / "out")
     odd = quantized_decoder(config(intermediate_size=72), QuantSpec(4, -1))
-    with pytest.raises(ConfigError, match=r"72 inputs in one group, it holds multiples of 16 \(model\.layers\.0\.mlp\.down_proj"):
+    with pytest.raises(
+        ConfigError, match=r"72 inputs in one group, it holds multiples of 16 \(model\.layers\.0\.mlp\.down_proj"
+    ):
         save(odd, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
