@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ CONFIG_64 = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=128, h
 ACT_ORDER, PARTIAL = "ckpt-llama-b4g32-asym-desc", "ckpt-qwen2-b8g64-sym-partial"
 
 
+@functools.cache
 def merged(name: str, offset: str) -> tuple[CheckpointFolder, Decoder]:
     """A base, and a model with moved integers and the offset of that rule."""
     path = checkpoint(name)
@@ -81,6 +83,12 @@ def read_awq(tensors: dict[str, np.ndarray], name: str, said: dict[str, Any], n_
 READERS = {"mlx": ("quantization", read_mlx), "awq": ("quantization_config", read_awq)}
 
 
+@functools.lru_cache(maxsize=1)
+def written_weights(folder: Path) -> dict[str, QuantizedWeight]:
+    """Those of a GPTQ folder, with its offsets."""
+    return dict(quantized_weights(convert.load_merged(folder, progress=False)))
+
+
 def read(folder: Path, target: str, weight: QuantizedWeight, name: str) -> np.ndarray:
     """(in, out) float64 of a written weight."""
     if target in READERS:
@@ -89,8 +97,7 @@ def read(folder: Path, target: str, weight: QuantizedWeight, name: str) -> np.nd
         return reader(load_file(folder / "model.safetensors"), name, said, weight.shape[0])
     if target == "hf16":
         return load_file(folder / "model.safetensors")[f"{name}.weight"].T.astype(np.float64)
-    written = convert.load_merged(folder, progress=False)
-    return exact(dict(quantized_weights(written))[name])
+    return exact(written_weights(folder)[name])
 
 
 @pytest.mark.parametrize(
