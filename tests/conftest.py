@@ -14,7 +14,8 @@ import pytest
 _RUN = os.environ.setdefault("LOTAQAF_TEST_RUN", os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))
 _COMPILED = Path(tempfile.gettempdir()) / f"lotaqaf-tests-{_RUN}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_COMPILED)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Products of a few thousand numbers: torch's threads would mostly wait for each other, above all with a worker a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
