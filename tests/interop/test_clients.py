@@ -11,7 +11,8 @@ from tests.interop.conftest import CASES, QUANTIZED, Case, Opened
 # float16; GPTQModel runs in float16 throughout.
 TOLERANCE = {"transformers": 0.01, "dense": 1e-3, "gptqmodel": 0.03}
 # The unmodified base differs too, on the same path: what we wrote may not be worse than that by more than this factor.
-SLACK, EXACT = 1.5, 1e-4
+# In float16 the LoRA beside it rounds too, and which processor computes matters by a third.
+SLACK, EXACT = 2.0, 1e-4
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray | str) -> float:
