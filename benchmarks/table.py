@@ -58,8 +58,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write table and plots of what is there")
     options = parser.parse_args()
     options.end = time.monotonic() + 60 * options.minutes
-    root, results = options.output, options.results or options.output / "results.jsonl"
-    options.results, options.commit = results, options.commit or _commit()
+    options.commit = options.commit or _commit()
+    options.results = options.results or options.output / "results.jsonl"
+    root, results = options.output, options.results
     root.mkdir(parents=True, exist_ok=True)
     if not options.report:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * options.cards / options.jobs:.3f}")

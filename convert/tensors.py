@@ -16,6 +16,7 @@ from lotaqaf_jax.quant.weight import trivial_g_idx
 
 __all__ = [
     "HFTensor",
+    "dense_tensors",
     "hf_tensors",
     "named_linears",
     "quantized_stacks",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 
+_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 _encode_zeros = jax.jit(encode_zeros, static_argnums=(1, 2))
 
 
@@ -74,6 +76,16 @@ def quantized_weights(model: Decoder) -> Iterator[tuple[str, QuantizedWeight]]:
     """Every quantised weight by the name of its module, one layer's arrays at a time."""
     for name, (stack, i) in quantized_stacks(model).items():
         yield name, take(stack, i)
+
+
+def dense_tensors(model: Decoder) -> dict[str, HFTensor]:
+    """Those of :func:`hf_tensors` that are no part of a quantised weight, by name."""
+    packed = quantized_stacks(model)
+    return {
+        tensor.name: tensor
+        for tensor in hf_tensors(model)
+        if not (tensor.name.endswith(_PARTS) and tensor.name.rpartition(".")[0] in packed)
+    }
 
 
 def refuse_adapters(model: Decoder) -> None:

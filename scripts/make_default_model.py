@@ -95,11 +95,8 @@ def main() -> None:
 
     write_dense(staging / "dense", dense, tokenizer, staging / "tokenizer")
     samples = calibration(tokenizer, args.seed)
-    sizes = {
-        "bits": args.bits,
-        "group_size": args.group_size,
-        "checkpoint_format": "gptq_v2",
-    }  # as it was shipped first
+    # gptq_v2, as it was shipped first.
+    sizes = {"bits": args.bits, "group_size": args.group_size, "checkpoint_format": "gptq_v2"}
     print(convert.quantize(staging / "dense", staging / "model", calibration=samples, **sizes))
     print(f"quantised   {check(load_pretrained(staging / 'model'))}")
     (staging / "model" / LOG).unlink()

@@ -32,7 +32,7 @@ from convert.hf import copy_companions
 from convert.targets.gguf_metadata import add_model, add_tokenizer, gguf_package, read_tokenizer
 from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.target import Record, Source, Target
-from convert.tensors import HFTensor, hf_tensors, quantized_stacks, take
+from convert.tensors import HFTensor, dense_tensors, hf_tensors, quantized_stacks, take
 from convert.writing import write_json
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, DecoderConfig
@@ -49,7 +49,6 @@ FILE = "model.gguf"
 _BLOCK, _BLOCK_BYTES = 32, 20
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _KINDS = {"float16": "F16", "bfloat16": "BF16"}
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _OUTPUTS = 1024
 """Outputs converted at a time: the comparison is in float64."""
 
@@ -174,18 +173,17 @@ def _tensors(model: Decoder) -> list[_Tensor]:
             "another target; gptq holds every model that loads."
         )
     names = gguf.get_tensor_name_map(_architecture(config), config.num_hidden_layers)
-    packed = quantized_stacks(model)
+    packed, dense = quantized_stacks(model), dense_tensors(model)
     factors, tensors = rope_factors(config), []
     if factors is not None:
         tensors.append(_Tensor("rope_freqs.weight", "F32", factors.shape, "", lambda: (_bytes(factors, "<f4"), None)))
     for tensor in hf_tensors(model):
         module, _, part = tensor.name.rpartition(".")
         rows, name = _rows(config, module), names.get_name(module)
-        if module in packed and part in _PARTS:
-            if part == "qweight":
-                tensors.append(_packed(module, f"{name}.weight", *packed[module], rows))
-        else:
+        if tensor.name in dense:
             tensors.append(_dense(tensor, f"{name}.{part}", rows))
+        elif part == "qweight":
+            tensors.append(_packed(module, f"{name}.weight", *packed[module], rows))
     return tensors
 
 

@@ -21,7 +21,7 @@ from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.onnx_graph import Dense, Packed, build_graph, onnx_packages, read_matrices
 from convert.targets.onnx_matrix import SMALLEST_BLOCK, Matrix, block_rows, matrix, stored_bits
 from convert.targets.target import Record, Source, Target
-from convert.tensors import hf_tensors, quantized_stacks, take
+from convert.tensors import dense_tensors, quantized_stacks, take
 from convert.writing import write_json
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder
@@ -31,19 +31,15 @@ __all__ = ["ONNX"]
 
 _OUTPUTS = 1024
 """Outputs compared at a time, in float64."""
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def _size(model: Decoder) -> int:
     config = model.config
     size = 4 * config.max_position_embeddings * config.head_dim  # cosines and sines
     sums = set()
-    packed = quantized_stacks(model)
-    for tensor in hf_tensors(model):
-        module, _, end = tensor.name.rpartition(".")
-        if module not in packed or end not in _PARTS:
-            size += 4 * int(np.prod(tensor.shape, dtype=np.int64))
-    for weight, _ in packed.values():
+    for tensor in dense_tensors(model).values():
+        size += 4 * int(np.prod(tensor.shape, dtype=np.int64))
+    for weight, _ in quantized_stacks(model).values():
         n_in, n_out = weight.shape
         blocks = -(-n_in // block_rows(n_in, weight.group_size))
         size += n_out * (n_in * stored_bits(weight.bits) // 8 + 5 * blocks)
@@ -76,18 +72,15 @@ def _modules(model: Decoder, progress: bool) -> dict[str, Dense | Packed]:
     """Everything that the builder is handed: the whole model in the host's memory, packed as it will be."""
     import torch
 
-    packed: dict[str, Packed] = {}
+    modules: dict[str, Dense | Packed] = {}
     with tqdm(quantized_stacks(model).items(), desc="writing", delay=1.0, disable=not progress) as bar:
         for name, (weight, i) in bar:
             found = matrix(host_weight(take(weight, i)))
             if found is None:
                 raise _refused(name, "is in act-order with groups that are not of one length")
-            packed[name] = Packed(found)
-    modules: dict[str, Dense | Packed] = dict(packed)
-    for tensor in hf_tensors(model):
+            modules[name] = Packed(found)
+    for tensor in dense_tensors(model).values():
         module, _, end = tensor.name.rpartition(".")
-        if module in packed and end in _PARTS:
-            continue
         # Copied, since torch warns of memory that it could not write to; it does not take NumPy's bfloat16.
         array = np.array(tensor.read(), np.float32 if tensor.dtype.name == "bfloat16" else tensor.dtype)
         if end == "weight":

@@ -39,47 +39,14 @@ class Dense:
     bias: Any = None
 
 
-@dataclasses.dataclass(eq=False)
 class Packed:
     """A quantised matrix under the names of the builder, and the :class:`Matrix` that it is."""
 
-    matrix: Matrix
-    bias: Any = None
-
-    @property
-    def qweight(self) -> np.ndarray:
-        """Its words."""
-        return self.matrix.words
-
-    @property
-    def scales(self) -> np.ndarray:
-        """Its scales."""
-        return self.matrix.scales
-
-    @property
-    def qzeros(self) -> np.ndarray:
-        """Its zero points."""
-        return self.matrix.zeros
-
-    @property
-    def bits(self) -> int:
-        """Width of an integer."""
-        return self.matrix.bits
-
-    @property
-    def group_size(self) -> int:
-        """Rows of a block."""
-        return self.matrix.block
-
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return self.matrix.n_in
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return len(self.matrix.words)
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix, self.bias = matrix, None
+        self.qweight, self.scales, self.qzeros = matrix.words, matrix.scales, matrix.zeros
+        self.bits, self.group_size = matrix.bits, matrix.block
+        self.in_features, self.out_features = matrix.n_in, len(matrix.words)
 
 
 @dataclasses.dataclass(eq=False)

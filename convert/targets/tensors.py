@@ -13,7 +13,7 @@ from tqdm import tqdm
 from convert.hf import SHARD_BYTES, copy_companions
 from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.target import Record, Source
-from convert.tensors import HFTensor, hf_tensors, quantized_stacks, take
+from convert.tensors import dense_tensors, quantized_stacks, take
 from convert.writing import TensorFile, write_json
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.parallel.processes import is_main
@@ -22,7 +22,6 @@ from lotaqaf_jax.quant.folder import INDEX
 
 __all__ = ["Form", "form_size", "write_folder"]
 
-_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 _BLOCK = 1024
 """Outputs converted at a time: the comparison is in float64, eight times as large as a 16-bit weight's block."""
 
@@ -72,7 +71,7 @@ def write_folder(
         settings: keys of config.json that say so, and others that the target wants.
         kind: what the files' metadata says of who wrote them; transformers refuses files that do not say.
     """
-    packed, dense, shapes = quantized_stacks(model), _dense(model), _shapes(model, form)
+    packed, dense, shapes = quantized_stacks(model), dense_tensors(model), _shapes(model, form)
     if is_main():
         if source.folder is not None:
             copy_companions(source.folder, folder, skip=("config.json", "quantize_config.json"))
@@ -84,6 +83,7 @@ def write_folder(
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     total = sum(_bytes(found) for found in shapes.values())
+    first = next(iter(form.axis))  # the tensors of a weight are in one file: where this one is, so are all
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=1.0, disable=not progress) as bar:
         for file, names in zip(files, shards, strict=True):
             with _Shard(folder / file, {name: shapes[name] for name in names}, kind) as shard:
@@ -96,14 +96,12 @@ def write_folder(
                     module, _, end = name.rpartition(".")
                     if name in dense:
                         write(name, dense[name].read())
-                    elif end == next(
-                        iter(form.axis)
-                    ):  # the tensors of a weight are in one file, the first tells of all
+                    elif end == first:
                         weight, i = packed[module]
                         arrays, error = _converted(host_weight(take(weight, i)), form)
                         record(module, error)
-                        for end, array in arrays.items():
-                            write(f"{module}.{end}", array)
+                        for part, array in arrays.items():
+                            write(f"{module}.{part}", array)
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
@@ -141,21 +139,11 @@ class _Shard:
             self._file.__exit__(*problem)
 
 
-def _dense(model: Decoder) -> dict[str, HFTensor]:
-    """Everything that is no part of a quantised weight."""
-    packed = quantized_stacks(model)
-    return {tensor.name: tensor for tensor in hf_tensors(model) if not _is_part(tensor.name, packed)}
-
-
 def _shapes(model: Decoder, form: Form) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {t.name: (t.dtype, t.shape) for t in _dense(model).values()}
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {t.name: (t.dtype, t.shape) for t in dense_tensors(model).values()}
     for name, (weight, _) in quantized_stacks(model).items():
         shapes |= {f"{name}.{end}": found for end, found in form.shapes(weight).items()}
     return shapes
-
-
-def _is_part(name: str, packed: Mapping[str, Any]) -> bool:
-    return name.endswith(_PARTS) and name.rpartition(".")[0] in packed
 
 
 def _bytes(found: tuple[Any, tuple[int, ...]]) -> int:

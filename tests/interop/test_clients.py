@@ -12,7 +12,7 @@ from tests.interop.conftest import CASES, QUANTIZED, Case, Opened
 TOLERANCE = {"transformers": 0.01, "dense": 1e-3, "gptqmodel": 0.03}
 # The unmodified base differs too, on the same path: what we wrote may not be worse than that by more than this factor.
 # In float16 the LoRA beside it rounds too, and which processor computes matters by a third.
-SLACK, EXACT = 2.0, 1e-4
+SLACK, EXACT = {"transformers": 1.5, "dense": 1.5, "gptqmodel": 2.0}, 1e-4
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray | str) -> float:
@@ -34,7 +34,7 @@ def test_client_computes_our_logits(opened: dict[str, Opened], case: Case, kind:
     merged = distance(found.ours["merged"], found.theirs["merged", kind])
     print(f"{case.name} {kind}: base {base:.2e}, merged {merged:.2e}")
     assert merged <= TOLERANCE[kind]
-    assert merged <= max(SLACK * base, EXACT)
+    assert merged <= max(SLACK[kind] * base, EXACT)
     # The check can see an adapter that was not applied: base and merged model are far apart on this scale.
     assert distance(found.ours["base"], found.ours["merged"]) > 4 * merged
 

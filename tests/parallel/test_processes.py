@@ -138,6 +138,7 @@ def test_killed_then_stopped_by_a_signal_a_run_goes_on_to_the_same_bits(
     finally:
         running.kill()
     assert running.returncode == 128 + signal.SIGTERM, said[-3000:]
+    assert "resumed from step" in said, "the same command line"
     stopped = re.findall(r"stopped after step (\d+)", said)
     assert len(stopped) == 2
     assert len(set(stopped)) == 1, "all processes after the same step"
