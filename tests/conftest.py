@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ _COMPILED = Path(tempfile.gettempdir()) / f"lotaqaf-tests-{_RUN}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_COMPILED)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Where a line of a program comes from is told by nobody who reads a test's outcome; finding it takes a twentieth.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Products of a few thousand numbers: torch's threads would mostly wait for each other, above all with a worker a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -30,6 +33,25 @@ def shared() -> Path:
     return folder
 
 
+# Tests that compare the bits of different programs, which are to be as users have them: a compiler may contract products
+# and sums in one and not in the other. Elsewhere a test that does so is marked `optimized`; all others compare files,
+# runs of one program, or numbers within a tolerance.
+_OPTIMIZED = ("kernels", "optim", "test_adapters.py", "test_low_rank.py", "test_optim.py", "test_qalora.py")
+_OPTIMIZED += ("test_ternary.py",)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m quick` runs all tests but those with programs that are hardly optimised, in half the time."""
+    config.addinivalue_line("markers", "optimized: compares the bits of programs as users have them")
+    config.addinivalue_line("markers", "quick: does not; set by place")
+    if config.getoption("markexpr") == "quick":  # Before anything imports JAX.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    # What is imported by now stays, and programs being traced are large: looking through all that often is a twentieth.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last process of the run, the one without a worker's name, clears the shared compilations away."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -42,9 +64,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-interop"):
-        return
     skip = pytest.mark.skip(reason="needs GPTQModel and PEFT: run `make interop`")
     for item in items:
-        if "interop" in item.path.parts:
+        if "interop" in item.path.parts and not config.getoption("--run-interop"):
             item.add_marker(skip)
+        if set(_OPTIMIZED).isdisjoint(item.path.parts[-3:]) and item.get_closest_marker("optimized") is None:
+            item.add_marker("quick")

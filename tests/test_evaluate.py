@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,11 @@ import evaluate
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model
 from tests.evaluation.test_multiple_choice import write_mmlu
-from tests.quick import quick_compilation
 from tests.training.conftest import tiny_gptq, write_rows
 
 __all__ = ["tiny_gptq"]  # a fixture
 
 TEXT = "After one comes two, and after two comes three; so it goes on and on, and never ends.\n\n" * 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """All but what is compared bit for bit below."""
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +103,15 @@ def test_every_task(tiny_gptq: Path, data: Path, tmp_path: Path, capsys: pytest.
     assert set(found["mmlu"]["data"]["files"]) == {"test.jsonl", "dev.jsonl"}
 
 
+@pytest.mark.optimized
 def test_adapter_and_merged_model_measure_the_same(
     tiny_gptq: Path, adapter: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, on the path that training takes; and not what the base gives."""
     tasks = ["--tasks", f"perplexity:{data / 'text.txt'}", "--window", 32]
-    with quick_compilation(False):
-        of_base = run(tmp_path, "--model", tiny_gptq, *tasks)
-        of_adapter = run(tmp_path, "--model", tiny_gptq, "--adapter", adapter[0], *tasks)
-        of_merged = run(tmp_path, "--model", adapter[1], *tasks)
+    of_base = run(tmp_path, "--model", tiny_gptq, *tasks)
+    of_adapter = run(tmp_path, "--model", tiny_gptq, "--adapter", adapter[0], *tasks)
+    of_merged = run(tmp_path, "--model", adapter[1], *tasks)
     losses = [[row["loss"] for row in record["rows"]] for record in (of_base, of_adapter, of_merged)]
     assert losses[1] == losses[2]
     assert losses[0] != losses[1]

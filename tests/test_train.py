@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import train
 from lotaqaf_jax.models import TARGET_MODULES, load_pretrained
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.peer import torch_model
-from tests.quick import quick_compilation
 from tests.training.conftest import tiny_gptq, write_rows
 
 __all__ = ["tiny_gptq"]  # a fixture
@@ -33,13 +31,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("run")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """All but the whole run below, which is compiled as its users have it."""
-    with quick_compilation():
-        yield
 
 
 def flags(folder: Path, output: Path, rows: Path, **changes: Any) -> list[str]:
@@ -66,11 +57,11 @@ def finished(tiny_gptq: Path, run_dir: Path) -> Path:
     """The output of a whole run with held-out rows, on all projections."""
     rows = write_rows(run_dir / "rows.jsonl", 24)
     everything = flags(tiny_gptq, run_dir / "out", rows, val_size=4, target_modules=list(TARGET_MODULES))
-    with quick_compilation(False):
-        assert train.main(everything) == 0
+    assert train.main(everything) == 0
     return run_dir / "out"
 
 
+@pytest.mark.optimized
 def test_writes_what_is_promised(finished: Path, tiny_gptq: Path) -> None:
     assert {"adapter", "merged", "trainer_log.jsonl", "training_loss.png"} <= {path.name for path in finished.iterdir()}
     records = [json.loads(line) for line in (finished / "trainer_log.jsonl").read_text().splitlines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,8 @@ from convert.verify import Report
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
-from tests.quick import quick_compilation
 
 BASE = "ckpt-llama-b4g32-asym-desc"
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These tests are of files; tests/models hold adapter and merged model to agree in optimised programs."""
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="package")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from lotaqaf_jax.models import Decoder, load_pretrained
-from tests.quick import quick_compilation
 
 TOKENIZER = Path(__file__).parent.parent / "checkpoints" / "tokenizer"
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """As in the tests of generation."""
-    with quick_compilation():
-        yield
 
 
 @dataclasses.dataclass(frozen=True)

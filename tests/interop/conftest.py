@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import adapter_model, checkpoint
 from tests.models.tiny import set_random_low_rank
 from tests.peer import torch_model
-from tests.quick import quick_compilation
 
 CLIENT = Path(__file__).parent / "client.py"
 
@@ -166,13 +165,6 @@ def run_client(python: str, jobs: Sequence[Mapping[str, Any]], root: Path) -> di
     failed = run_jobs(python, CLIENT, jobs, root / "jobs.json")
     outputs = [str(job["output"]) for job in jobs]
     return {output: failed[output] if output in failed else np.load(output) for output in outputs}
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Clients are compared up to rounding, so nothing here asks what the compiler does."""
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="package")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from lotaqaf_jax.models import DecoderConfig, linears, load_pretrained, loading
 from lotaqaf_jax.models.loading import _Reader, _Zeros, read_spec
 from lotaqaf_jax.quant import QuantizedWeight, decode_zeros, encode_zeros, pack
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from tests.quick import quick_compilation
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 PLAIN = CHECKPOINTS / "ckpt-llamapos-b4g32-asym"
@@ -31,13 +30,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 IDS = jnp.asarray(np.load(PLAIN / "logits.npz")["input_ids"])
 
 Tensors = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """These tests are of what is read, not of what is computed."""
-    with quick_compilation():
-        yield
 
 
 def rewritten(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from flax import nnx
 from lotaqaf_jax.models import Decoder, load_pretrained
 from lotaqaf_jax.models.decoder import Block, causal
 from lotaqaf_jax.models.rope import inverse_frequencies, rope_angles
-from tests.quick import quick_compilation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -55,13 +54,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-theta-untied": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Programs are compared with torch, within a tolerance."""
-    with quick_compilation():
-        yield
 
 
 def build(kind: str, changes: dict[str, Any]) -> Any:

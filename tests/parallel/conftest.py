@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import pytest
-
-from tests.quick import quick_compilation
 
 ASK = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _eight_devices() -> Iterator[None]:
+def _eight_devices() -> None:
     if jax.device_count() < 8:
         pytest.skip(f"needs 8 devices, found {jax.device_count()}: run with {ASK}")
-    with quick_compilation():
-        yield

@@ -42,7 +42,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def command(processes: int, *arguments: str) -> tuple[list[str], dict[str, str]]:
     """The command line of train.py on four devices in all, and its environment."""
-    devices = f"--xla_force_host_platform_device_count={4 // processes}"
+    devices = f"--xla_force_host_platform_device_count={4 // processes} --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {
         "XLA_FLAGS": devices,
         "JAX_PLATFORMS": "cpu",

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lotaqaf_jax.models import Decoder, add_adapters, load_pretrained
-from tests.quick import quick_compilation
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Runs are compared with runs of the same program, and gradients within a tolerance."""
-    with quick_compilation():
-        yield
 
 
 def write_rows(path: Path, count: int) -> Path:
