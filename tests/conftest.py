@@ -33,9 +33,9 @@ def shared() -> Path:
     return folder
 
 
-# Tests that compare the bits of different programs, which are to be as users have them: a compiler may contract products
-# and sums in one and not in the other. Elsewhere a test that does so is marked `optimized`; all others compare files,
-# runs of one program, or numbers within a tolerance.
+# Tests that compare the bits of different programs, which are to be as users have them: a compiler may contract
+# products and sums in one and not in the other. Elsewhere a test that does so is marked `optimized`; all others compare
+# files, runs of one program, or numbers within a tolerance.
 _OPTIMIZED = ("kernels", "optim", "test_adapters.py", "test_low_rank.py", "test_optim.py", "test_qalora.py")
 _OPTIMIZED += ("test_ternary.py",)
 
@@ -44,7 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """`-m quick` runs all tests but those with programs that are hardly optimised, in half the time."""
     config.addinivalue_line("markers", "optimized: compares the bits of programs as users have them")
     config.addinivalue_line("markers", "quick: does not; set by place")
-    if config.getoption("markexpr") == "quick":  # Before anything imports JAX.
+    if config.getoption("markexpr") == "quick":
+        import jax  # not above, since it reads the environment when it is imported
+
+        # A folder's own conftest.py may have imported it before; the rest is for the processes that tests start.
+        jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     # What is imported by now stays, and programs being traced are large: looking through all that often is a twentieth.

@@ -18,11 +18,10 @@ import pytest
 
 import convert
 import lotaqaf_jax
-from lotaqaf_jax.models import Decoder, DecoderConfig, add_lora, add_qalora, init_decoder
-from lotaqaf_jax.models.loading import load_decoder
+from lotaqaf_jax.models import TARGET_MODULES, Decoder, DecoderConfig, init_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from tests.convert.making import adapter_model, checkpoint
-from tests.models.tiny import set_random_low_rank
+from tests.convert.making import checkpoint
+from tests.interop.training import trained
 from tests.peer import torch_model
 
 CLIENT = Path(__file__).parent / "client.py"
@@ -110,13 +109,10 @@ class Opened:
 
 
 def adapted(case: Case, base: CheckpointFolder) -> Decoder:
-    """The base with random adapters of the case's method."""
-    if case.offset not in ("lora", "qalora"):
-        return adapter_model(base, offset=case.offset, targets=case.targets or None)
-    model = load_decoder(base, jnp.float32, progress=False)
-    model = (add_lora if case.offset == "lora" else add_qalora)(model, rank=8, alpha=case.lora_alpha)
-    set_random_low_rank(model, size=0.001 if case.offset == "lora" else 0.0004)
-    return model
+    """The base with trained adapters of the case's method."""
+    if case.offset == "lora" or case.offset == "qalora":
+        return trained(base, case.offset, alpha=case.lora_alpha)
+    return trained(base, offset=case.offset, targets=case.targets or TARGET_MODULES)
 
 
 def with_tokenizer(base: Path, folder: Path) -> Path:
@@ -124,10 +120,15 @@ def with_tokenizer(base: Path, folder: Path) -> Path:
     if not folder.is_dir():
         shutil.copytree(base, folder)
         if not (folder / "tokenizer.json").is_file():
-            tokenizer = checkpoint("tokenizer")
-            assert tokenizer is not None
-            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            add_tokenizer(folder)
     return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Put that of the tiny models into a folder."""
+    tokenizer = checkpoint("tokenizer")
+    assert tokenizer is not None
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +206,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
             plain = lotaqaf_jax.load_pretrained(path, progress=False)
             path = root / "bases" / case.folder
             torch_model(plain).half().save_pretrained(path)
+            add_tokenizer(path)
         base = CheckpointFolder(path)
         model = adapted(case, base)
         ids = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)

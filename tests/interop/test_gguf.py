@@ -20,10 +20,11 @@ import convert
 import lotaqaf_jax
 from lotaqaf_jax.models import Decoder, QuantSpec, merge
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from tests.convert.making import adapter_model, checkpoint
-from tests.convert.targets.gguf_making import LLAMA3, changed_tokenizer, config, merged, module_weights, split
+from tests.convert.making import checkpoint
+from tests.convert.targets.gguf_making import LLAMA3, changed_tokenizer, config, module_weights, split
 from tests.convert.targets.sentencepiece_making import sentencepiece_folder
 from tests.interop.conftest import run_python
+from tests.interop.training import text, train_ternary
 from tests.models.tiny import quantized_decoder
 from tests.peer import torch_model
 
@@ -109,10 +110,11 @@ def models(case: Case, folder: Path) -> tuple[Decoder, Decoder, dict[str, Any]] 
         made, quant = config(**case.made), QuantSpec(case.bits, 32)
         if case.sentencepiece:
             sentencepiece_folder(folder)
-            return quantized_decoder(made, quant), merged(made, quant), {"tokenizer_from": folder}
-        digits = r"\p{N}{1,3}" if made.model_type == "llama" else r"\p{N}"
-        changed_tokenizer(folder, pre_tokenizer=split(digits))
-        return quantized_decoder(made, quant), merged(made, quant), {"tokenizer_from": folder}
+        else:
+            digits = r"\p{N}{1,3}" if made.model_type == "llama" else r"\p{N}"
+            changed_tokenizer(folder, pre_tokenizer=split(digits))
+        base = quantized_decoder(made, quant)
+        return base, merge(train_ternary(base, text(folder))), {"tokenizer_from": folder}
     source = checkpoint(case.name)
     if source is None:
         return None
@@ -121,10 +123,11 @@ def models(case: Case, folder: Path) -> tuple[Decoder, Decoder, dict[str, Any]] 
     shutil.copytree(source, folder)
     if case.tokenizer and not (folder / "tokenizer.json").is_file():
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    ids = text(folder)
     if not case.tokenizer:
         (folder / "tokenizer.json").unlink()
-    base = CheckpointFolder(folder)
-    return lotaqaf_jax.load_pretrained(folder, progress=False), merge(adapter_model(base)), {"base": base}
+    plain, base = lotaqaf_jax.load_pretrained(folder, progress=False), CheckpointFolder(folder)
+    return plain, merge(train_ternary(plain, ids)), {"base": base}
 
 
 def logits_of_the_file(folder: Path, model: Decoder, ids: np.ndarray) -> np.ndarray:

@@ -15,14 +15,15 @@ import train
 from lotaqaf_jax.models import Decoder, QuantSpec, merge
 from lotaqaf_jax.models.loading import load_decoder
 from lotaqaf_jax.quant.folder import CheckpointFolder
-from tests.convert.making import adapter_model, checkpoint
+from tests.convert.making import checkpoint
 from tests.convert.targets.gguf_making import changed_tokenizer, config, split
 from tests.interop.conftest import SIZES, run_client, run_python, with_tokenizer
 from tests.interop.test_clients import TOLERANCE as TOLERANCES
 from tests.interop.test_clients import distance
+from tests.interop.training import trained
 from tests.models.tiny import DecoderConfig, quantized_decoder
 
-# Our own trained model: a Qwen2 of 4 bits, tied, whose adapters train.py makes; and adapters of random numbers.
+# Our own model: a Qwen2 of 4 bits, tied, whose adapters train.py trains. Those of other bases are trained as well.
 TRAINED = "trained"
 CLIENTS = {
     "gptq8": ("transformers", "gptqmodel"),
@@ -107,7 +108,7 @@ def merged(case: Case, root: Path) -> tuple[CheckpointFolder, Decoder]:
         assert source is not None
         path = with_tokenizer(source, root / "bases" / case.base)
     base = CheckpointFolder(path)
-    return base, merge(adapter_model(base, offset=case.offset))
+    return base, merge(trained(base, offset=case.offset))
 
 
 @pytest.fixture(scope="module")
