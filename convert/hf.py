@@ -12,17 +12,15 @@ from tqdm import tqdm
 
 from convert.hf_config import complete_config
 from convert.offset import OFFSET_FOLDER, has_offsets, offset_bytes, write_offsets
+from convert.shards import shards_of, write_index
 from convert.tensors import HFTensor, hf_tensors
 from convert.writing import new_folder, write_json, write_safetensors
 from lotaqaf_jax.errors import CheckpointError
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.parallel.processes import is_main
 from lotaqaf_jax.quant.config import QuantizationConfig
-from lotaqaf_jax.quant.folder import INDEX
 
-__all__ = ["SHARD_BYTES", "checkpoint_bytes", "copy_companions", "fill_checkpoint", "write_checkpoint"]
-
-SHARD_BYTES = 5 * 10**9
+__all__ = ["checkpoint_bytes", "copy_companions", "fill_checkpoint", "write_checkpoint"]
 
 # What goes with the weights: configs, tokenizer, chat template, code, licences. Everything else (weights in other
 # formats, optimizer states, caches, the card of the model that it was) stays behind.
@@ -136,27 +134,17 @@ def fill_checkpoint(
 
 
 def _write_shards(folder: Path, tensors: list[HFTensor], progress: bool) -> None:
-    shards: list[list[HFTensor]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    by_name = {tensor.name: tensor for tensor in tensors}
+    shards = shards_of(([tensor.name], tensor.nbytes) for tensor in tensors)
     total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=1.0, disable=not progress) as bar:
-        for name, shard in zip(names, shards, strict=True):
-            by_name = {tensor.name: tensor for tensor in shard}
 
-            def read(key: str, by_name: dict[str, HFTensor] = by_name) -> np.ndarray:
-                bar.update(by_name[key].nbytes)
-                return by_name[key].read()
+        def read(name: str) -> np.ndarray:
+            bar.update(by_name[name].nbytes)
+            return by_name[name].read()
 
+        for file, names in shards.items():
             # transformers refuses a file whose metadata does not say what wrote it.
-            shapes = {key: (tensor.dtype, tensor.shape) for key, tensor in by_name.items()}
-            write_safetensors(folder / name, shapes, read, {"format": "pt"})
-    if len(shards) > 1:
-        where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / INDEX, index)
+            shapes = {name: (by_name[name].dtype, by_name[name].shape) for name in names}
+            write_safetensors(folder / file, shapes, read, {"format": "pt"})
+    write_index(folder, shards, total)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from convert.hf import SHARD_BYTES, copy_companions
+from convert.hf import copy_companions
+from convert.shards import shards_of, write_index
 from convert.targets.host import HostWeight, host_weight, largest_error
 from convert.targets.target import Record, Source
 from convert.tensors import dense_tensors, quantized_stacks, take
@@ -18,7 +19,6 @@ from convert.writing import TensorFile, write_json
 from lotaqaf_jax.models import Decoder
 from lotaqaf_jax.parallel.processes import is_main
 from lotaqaf_jax.quant import QuantizedWeight
-from lotaqaf_jax.quant.folder import INDEX
 
 __all__ = ["Form", "form_size", "write_folder"]
 
@@ -78,14 +78,11 @@ def write_folder(
         write_json(folder / "config.json", {**source.plain_config, **settings})
     together = [[name] for name in dense]
     together += [[f"{name}.{end}" for end in form.shapes(weight)] for name, (weight, _) in packed.items()]
-    shards = list(_shards(together, shapes))
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    shards = shards_of((names, sum(_bytes(shapes[name]) for name in names)) for names in together)
     total = sum(_bytes(found) for found in shapes.values())
     first = next(iter(form.axis))  # the tensors of a weight are in one file: where this one is, so are all
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=1.0, disable=not progress) as bar:
-        for file, names in zip(files, shards, strict=True):
+        for file, names in shards.items():
             with _Shard(folder / file, {name: shapes[name] for name in names}, kind) as shard:
 
                 def write(name: str, array: np.ndarray, shard: _Shard = shard) -> None:
@@ -102,9 +99,7 @@ def write_folder(
                         record(module, error)
                         for part, array in arrays.items():
                             write(f"{module}.{part}", array)
-    if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    write_index(folder, shards, total)
 
 
 def _converted(weight: HostWeight, form: Form) -> tuple[dict[str, np.ndarray], float]:
@@ -148,17 +143,3 @@ def _shapes(model: Decoder, form: Form) -> dict[str, tuple[Any, tuple[int, ...]]
 
 def _bytes(found: tuple[Any, tuple[int, ...]]) -> int:
     return np.dtype(found[0]).itemsize * int(np.prod(found[1], dtype=np.int64))
-
-
-def _shards(groups: list[list[str]], shapes: Mapping[str, tuple[Any, tuple[int, ...]]]) -> Iterator[list[str]]:
-    """Names that go into one file each, the tensors of a weight together."""
-    shard: list[str] = []
-    size = 0
-    for names in groups:
-        more = sum(_bytes(shapes[name]) for name in names)
-        if shard and size + more > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard += names
-        size += more
-    yield shard

@@ -101,7 +101,7 @@ def test_dense_model_computes_the_same_in_transformers(
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(convert.hf, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(convert.shards, "SHARD_BYTES", 20_000)
     model = init_decoder(tiny(model_type), jax.random.key(0), dtype=dtype, scale=0.1)
     folder = tmp_path / "out"
     tokenizer = checkpoint("tokenizer")

@@ -230,7 +230,7 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, model = merged(BASES[4], "none")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     convert.save_pretrained(model, whole, base=base, target="mlx", progress=False)
-    monkeypatch.setattr("convert.targets.tensors.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("convert.shards.SHARD_BYTES", 40_000)
     convert.save_pretrained(model, parts, base=base, target="mlx", progress=False)
     files = sorted(parts.glob("*.safetensors"))
     assert len(files) > 2
