@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import convert
-import convert.hf
+import convert.shards
 import lotaqaf_jax
 from convert.hf_config import model_config
 from lotaqaf_jax.errors import CheckpointError, ConfigError
