@@ -10,11 +10,10 @@ import os
 from tqdm import tqdm
 
 from lotaqaf_jax.errors import AdapterError
-from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.quant.folder import PARTS, CheckpointFolder
 
 __all__ = ["fingerprint"]
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _THREADS = 8
 
 
@@ -43,7 +42,7 @@ def fingerprint(base: CheckpointFolder, *, progress: bool = True) -> str:
         raise AdapterError(
             f"{base.path}: nothing in it is quantised, so it cannot be the base. Pass a GPTQ checkpoint."
         )
-    names = [f"{module}.{part}" for module in modules for part in _PARTS if f"{module}.{part}" in base.tensors]
+    names = [f"{module}.{part}" for module in modules for part in PARTS if f"{module}.{part}" in base.tensors]
     total = sum(base.tensors[name].nbytes for name in names)
     threads = min(_THREADS, os.cpu_count() or 1)
     with (

@@ -12,6 +12,7 @@ import numpy as np
 from lotaqaf_jax.errors import ConfigError
 from lotaqaf_jax.models import Decoder, Linear, adapted_linears, linears
 from lotaqaf_jax.quant import QuantizedWeight, encode_zeros, packed_size
+from lotaqaf_jax.quant.folder import PARTS
 from lotaqaf_jax.quant.weight import trivial_g_idx
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
     "take",
 ]
 
-
-_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 _encode_zeros = jax.jit(encode_zeros, static_argnums=(1, 2))
 
 
@@ -80,12 +79,8 @@ def quantized_weights(model: Decoder) -> Iterator[tuple[str, QuantizedWeight]]:
 
 def dense_tensors(model: Decoder) -> dict[str, HFTensor]:
     """Those of :func:`hf_tensors` that are no part of a quantised weight, by name."""
-    packed = quantized_stacks(model)
-    return {
-        tensor.name: tensor
-        for tensor in hf_tensors(model)
-        if not (tensor.name.endswith(_PARTS) and tensor.name.rpartition(".")[0] in packed)
-    }
+    parts = {f"{module}.{part}" for module in quantized_stacks(model) for part in PARTS}
+    return {tensor.name: tensor for tensor in hf_tensors(model) if tensor.name not in parts}
 
 
 def refuse_adapters(model: Decoder) -> None:

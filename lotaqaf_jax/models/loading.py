@@ -26,7 +26,7 @@ from lotaqaf_jax.models.config import DecoderConfig
 from lotaqaf_jax.models.decoder import Block, Decoder
 from lotaqaf_jax.models.layers import Linear
 from lotaqaf_jax.models.spec import DecoderSpec, LinearSpec, QuantSpec, dense_spec, projection_shapes
-from lotaqaf_jax.quant.folder import CheckpointFolder
+from lotaqaf_jax.quant.folder import PARTS, CheckpointFolder
 from lotaqaf_jax.quant.packing import packed_size
 from lotaqaf_jax.quant.weight import group_count, trivial_g_idx
 from lotaqaf_jax.quant.zeros import decode_zeros
@@ -120,7 +120,7 @@ def _linear_spec(problems: _Problems, name: str, n_in: int, n_out: int, bias: bo
         return LinearSpec(n_in, n_out, bias, None, dtype, bias_dtype)
     quant = folder.quantization.for_module(name) if folder.quantization else None
     if quant is None or folder.quantization is None:
-        problems.used.update(f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
+        problems.used.update(f"{name}.{part}" for part in PARTS)
         problems.found.append(f"{name}.qweight: the quantisation config does not say how this module is quantised")
         return LinearSpec(n_in, n_out, bias, None, jnp.float16, bias_dtype)
     groups = group_count(n_in, quant.group_size)

@@ -13,9 +13,12 @@ from lotaqaf_jax.quant.config import QuantizationConfig
 from lotaqaf_jax.quant.files import TensorEntry, map_tensor, read_header, read_json
 from lotaqaf_jax.quant.formats import Converted, View, method_of, view_of
 
-__all__ = ["INDEX", "CheckpointFolder", "TensorEntry", "read_header", "read_json"]
+__all__ = ["INDEX", "PARTS", "CheckpointFolder", "TensorEntry", "read_header", "read_json"]
 
 INDEX = "model.safetensors.index.json"
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""The tensors of a quantised module, by the ends of their names."""
 
 
 class CheckpointFolder:
