@@ -76,6 +76,15 @@ def test_round_trip_is_exact(base: CheckpointFolder, plain: Decoder, lora: Decod
         assert other.a.dtype == np.float32
 
 
+def test_the_config_is_one_of_pefts_class(saved: Path) -> None:
+    """It has all keys of ours and takes their values as they are."""
+    said = json.loads((saved / "adapter_config.json").read_text())
+    made = peft.LoraConfig(**{key: value for key, value in said.items() if key != "peft_type"}).to_dict()
+    assert said["peft_type"] == made["peft_type"].value
+    assert set(said.pop("target_modules")) == made["target_modules"]
+    assert said == {key: made[key] for key in said}
+
+
 def test_peft_reads_ours(plain: Decoder, lora: Decoder, saved: Path) -> None:
     peer = torch_model(plain)
     without = logits(peer)
