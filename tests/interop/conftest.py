@@ -18,7 +18,7 @@ import pytest
 
 import convert
 import lotaqaf_jax
-from lotaqaf_jax.models import TARGET_MODULES, Decoder, DecoderConfig, init_decoder
+from lotaqaf_jax.models import TARGET_MODULES, Decoder, DecoderConfig, init_decoder, merge
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from tests.convert.making import checkpoint
 from tests.interop.training import trained
@@ -33,6 +33,7 @@ class Case:
 
     ``gptqmodel_only`` where transformers is known not to load the base itself. A ``dense`` base is dequantised first.
     ``lora_alpha`` is of the other methods, whose rank is 8; GPTQModel's own loader leaves a LoRA's alpha / rank out.
+    ``one_rank`` where mu is beside as target peft writes it.
     """
 
     base: str
@@ -42,10 +43,11 @@ class Case:
     gptqmodel_only: bool = False
     dense: bool = False
     lora_alpha: float = 16.0
+    one_rank: bool = False
 
     @property
     def name(self) -> str:
-        marks = {"-some": self.targets, "-dense": self.dense, "-alpha8": self.lora_alpha == 8}
+        marks = {"-some": self.targets, "-dense": self.dense, "-alpha8": self.lora_alpha == 8, "-peft": self.one_rank}
         return f"{self.base}-{self.offset}" + "".join(mark for mark, holds in marks.items() if holds)
 
     @property
@@ -75,6 +77,8 @@ CASES = (
     Case("ckpt-llama-b4g32-sym-dynamic", 4, "reference", gptqmodel_only=True),
     Case("babyllama105-gptq-w2g32-asym", 2, "reference"),
     Case("babyllama105-gptq-w2g32-asym", 2, "none"),
+    Case("ckpt-llama-b4g32-asym-desc", 4, "reference", one_rank=True),
+    Case("ckpt-qwen2-b8g64-sym-partial", 8, "reference", one_rank=True),
     Case("ckpt-llama-b4g32-asym-desc", 4, "qalora"),
     Case("ckpt-qwen2-b8g64-sym-partial", 8, "qalora"),
     Case("babyllama105-gptq-w2g32-asym", 2, "qalora"),
@@ -222,7 +226,10 @@ def opened(tmp_path_factory: pytest.TempPathFactory, client_python: str) -> dict
             ask(case.name, "merged", case.bits, path, *given, adapter=root / case.name)
         else:
             convert.merge_and_save(model, root / case.name, base=base, progress=False)
-            ask(case.name, "merged", case.bits, root / case.name, *given)
+            beside = root / f"{case.name}.lora" if case.one_rank else None
+            if beside is not None:
+                convert.save_pretrained(merge(model), beside, base=base, target="peft", progress=False)
+            ask(case.name, "merged", case.bits, root / case.name, *given, adapter=beside)
 
     # A whole checkpoint of our own making, asymmetric, with the configs that we write.
     path = root / "bases" / "ckpt-llamapos-b4g32-asym"
