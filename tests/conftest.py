@@ -33,15 +33,16 @@ def shared() -> Path:
     return folder
 
 
-# Tests that compare the bits of different programs, which are to be as users have them: a compiler may contract
-# products and sums in one and not in the other. Elsewhere a test that does so is marked `optimized`; all others compare
-# files, runs of one program, or numbers within a tolerance.
-_OPTIMIZED = ("kernels", "optim", "test_adapters.py", "test_low_rank.py", "test_optim.py", "test_qalora.py")
-_OPTIMIZED += ("test_ternary.py",)
+# Tests that compare the bits of different programs, or of one with arithmetic of their own, are to have programs as
+# users have them: a compiler may contract products and sums in one and not in the other. Elsewhere a test that does so
+# is marked `optimized`; all others compare files, runs of one program, or numbers within a tolerance.
+_OPTIMIZED = ("kernels", "optim", "quant", "test_adapters.py", "test_decoder.py", "test_default.py", "test_layers.py")
+_OPTIMIZED += ("test_low_rank.py", "test_optim.py", "test_pretrained.py", "test_qalora.py", "test_ternary.py")
+_OPTIMIZED += ("test_thresholds.py",)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """`-m quick` runs all tests but those with programs that are hardly optimised, in half the time."""
+    """`-m quick` leaves those out, and runs the others with programs that are hardly optimised, in half the time."""
     config.addinivalue_line("markers", "optimized: compares the bits of programs as users have them")
     config.addinivalue_line("markers", "quick: does not; set by place")
     if config.getoption("markexpr") == "quick":

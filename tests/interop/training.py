@@ -30,8 +30,8 @@ from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.optim import ternary_adam
 from lotaqaf_jax.quant.folder import CheckpointFolder
 from lotaqaf_jax.ternary import Offset
-from lotaqaf_jax.training import TrainState, make_train_step
-from lotaqaf_jax.training.step import split_model
+from lotaqaf_jax.training import make_train_step
+from tests.training.test_step import start
 
 RANK, STEPS, MOVED = 8, 6, 0.1
 TEXT = (
@@ -103,8 +103,7 @@ def train(
     labels = np.where(np.arange(ids.shape[1]) == 0, IGNORE, ids)
     positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), (len(ids), 1))
     batch = {"input_ids": ids, "labels": labels, "positions": positions, "segment_ids": np.ones_like(ids)}
-    graph, adapters, frozen = split_model(model)
-    state = TrainState(adapters, optimizer.init(adapters), jnp.int32(0))
+    graph, state, frozen = start(model, optimizer)
     step = make_train_step(graph, optimizer, recompute="none", packed=False, share=share)
     losses = []
     for _ in range(STEPS):
