@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import functools
 import json
 import math
 import multiprocessing
@@ -23,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +68,12 @@ def main() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 * options.cards / options.jobs:.3f}")
         prepare(options.data, root / "data")
         context = multiprocessing.get_context("spawn")
-        cards = context.Queue()
-        for i in range(options.jobs):
-            cards.put(i % options.cards)
-        with ProcessPoolExecutor(
-            options.jobs, context, initializer=_take_card, initargs=(cards, options.cards)
-        ) as pool:
+        # A process ends after some runs: memory, and faults of the runtime that stay, end with it.
+        with context.Pool(options.jobs, _take_card, (context.Value("i"), options.cards), maxtasksperchild=12) as pool:
             runs = _wanted(tuning_runs(options.sources), options) if "tuning" in options.phases else []
             todo = [run for run in runs if run.name not in read_results(results)]
             models = {quantized_folder(root, run): run for run in _every_cell(options)}
-            for done in as_completed(pool.submit(quantize, run, root, options.data) for run in models.values()):
-                done.result()
+            pool.starmap(quantize, [(run, root, options.data) for run in models.values()], chunksize=1)
             execute(pool, todo, options, "tuning")
             best = best_values(read_results(results).values())
             runs = _wanted(main_runs(options.sources, best), options) if "table" in options.phases else []
@@ -94,10 +91,13 @@ def _commit() -> str:
         return "unknown"
 
 
-def _take_card(cards: Any, count: int) -> None:
-    """In a new process, before JAX starts: one card of several."""
-    if count > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(cards.get())
+def _take_card(started: Any, cards: int) -> None:
+    """In a new process, before JAX starts: one card of several, in turn."""
+    with started.get_lock():
+        place = started.value
+        started.value += 1
+    if cards > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % cards)
 
 
 def _wanted(runs: Iterable[Run], options: argparse.Namespace) -> list[Run]:
@@ -133,12 +133,11 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in lines}
 
 
-def execute(pool: ProcessPoolExecutor, runs: Sequence[Run], options: argparse.Namespace, title: str) -> None:
+def execute(pool: Pool, runs: Sequence[Run], options: argparse.Namespace, title: str) -> None:
     """Run all, and append each result as it comes."""
-    started = [pool.submit(run_one, run, options.output, options.data, options.end) for run in runs]
+    one = functools.partial(run_one, root=options.output, data=options.data, end=options.end)
     with options.results.open("a", encoding="utf-8") as file:
-        for done in tqdm(as_completed(started), total=len(started), desc=title):
-            result = done.result()
+        for result in tqdm(pool.imap_unordered(one, runs), total=len(runs), desc=title):
             if result is not None:
                 file.write(json.dumps({**result, "commit": options.commit}) + "\n")
                 file.flush()
@@ -164,36 +163,57 @@ def quantize(run: Run, root: Path, data: Path) -> None:
 
 
 def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | None:
-    """One run and its result; None where it failed, or where it is too late to begin."""
+    """One run and its result; None where it failed, where it is too late to begin, or another process is at it."""
     if time.monotonic() > end:
         return None
+    log = run.folder(root).parent / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{run.name}: another process is at it", file=sys.stderr)
+            return None
+        file.truncate(0)
+        folders = [run.folder(root, i) for i in range(ROWS[run.row].rounds)]
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                seconds = _train_and_measure(run, root, data, folders)
+        except Exception as error:  # the others go on
+            traceback.print_exc(file=file)
+            print(f"{run.name} failed: {str(error)[:200]}; see {log}", file=sys.stderr)
+            return None
+        result = {"name": run.name, **vars(run), "seconds": round(seconds, 1), **read_run(folders[-1])}
+        result["before"] = read_run(folders[0])["before"]
+        if run.bits != 16:
+            from convert.fingerprint import fingerprint
+            from lotaqaf_jax.quant.folder import CheckpointFolder
+
+            result["base"] = fingerprint(CheckpointFolder(quantized_folder(root, run)), progress=False)[:20]
+        for folder in folders:
+            shutil.rmtree(folder)
+        return result
+
+
+def _train_and_measure(run: Run, root: Path, data: Path, folders: Sequence[Path]) -> float:
+    """Seconds that the rounds of training took.
+
+    Raises:
+        RuntimeError: train.py or evaluate.py ended with a status that is not 0.
+    """
     import evaluate
     import train
-    from convert.fingerprint import fingerprint
-    from lotaqaf_jax.quant.folder import CheckpointFolder
 
-    folder = root / "runs" / run.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    flags, started = run.flags(root, data), time.perf_counter()
-    log = folder.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            status = train.main(flags)
-            seconds = time.perf_counter() - started
-            if not status and TASKS[run.task].rule:
-                status = evaluate.main(_measure_flags(flags, folder))
-        except Exception:  # the others go on
-            traceback.print_exc()
-            status = 1
-    if status:
-        print(f"{run.name} failed with status {status}, see {log}", file=sys.stderr)
-        return None
-    result = {"name": run.name, **vars(run), "seconds": round(seconds, 1), **read_run(folder)}
-    if run.bits != 16:
-        result["base"] = fingerprint(CheckpointFolder(quantized_folder(root, run)), progress=False)[:20]
-    shutil.rmtree(folder)
-    return result
+    started = time.perf_counter()
+    for i, folder in enumerate(folders):
+        shutil.rmtree(folder, ignore_errors=True)
+        flags = run.flags(root, data, i)
+        if status := train.main(flags):
+            raise RuntimeError(f"train.py ended with status {status}")
+    seconds = time.perf_counter() - started
+    if TASKS[run.task].rule and (status := evaluate.main(_measure_flags(flags, folders[-1]))):
+        raise RuntimeError(f"evaluate.py ended with status {status}")
+    return seconds
 
 
 def _measure_flags(flags: Sequence[str], folder: Path) -> list[str]:

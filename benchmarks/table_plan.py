@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["ROWS", "SOURCES", "TASKS", "Row", "Run", "Source", "Task", "Tuning", "main_runs", "prepare", "tuning_runs"]
 
@@ -38,6 +39,7 @@ class Task:
     Attributes:
         name: for files and tables.
         flags: of train.py.
+        length: the flag of train.py that says how long, and its value.
         rule: the task of evaluate.py that compares texts; None where only the held-out loss counts.
         omega: the published threshold, as a share of the rank.
         by_match: whether settings are tuned for exact match, not for the loss. Not on GSM8K, where these models are
@@ -46,6 +48,7 @@ class Task:
 
     name: str
     flags: tuple[str, ...]
+    length: tuple[str, float]
     rule: str | None = None
     omega: float = 0.75
     by_match: bool = False
@@ -80,8 +83,10 @@ class Row:
         tuning: what is tuned, if anything.
         like: the row whose tuned value it takes; none: its own.
         dense: whether the model is the 16-bit one.
-        ablation: whether it is one change to the recommended recipe, or to what it came from; on stories only, at the
-            first group size.
+        ablation: whether it is one change to the recommended recipe, or to what it came from; at the first group size.
+        on: "text", "tasks" that are answered, or both.
+        rounds: into how many runs of train.py the steps are cut, each from the merged model of the last, so that an
+            integer may move by so many steps.
     """
 
     title: str
@@ -90,6 +95,8 @@ class Row:
     like: str | None = None
     dense: bool = False
     ablation: bool = False
+    on: Literal["text", "tasks", "both"] = "both"
+    rounds: int = 1
 
 
 Cell = tuple[str, int, int, str, str]
@@ -109,17 +116,19 @@ SOURCES = {
 }
 _BATCH = ("--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "1")
 TASKS = {
-    "stories": Task("stories", (*_BATCH, "--max_steps", "300", "--max_seq_length", "256")),
-    "viggo": Task("viggo", (*_BATCH, "--num_train_epochs", "6"), "viggo", omega=0.875, by_match=True),
-    "sql": Task("sql", (*_BATCH, "--num_train_epochs", "1"), "sql", by_match=True),
-    "gsm8k": Task("gsm8k", (*_BATCH, "--num_train_epochs", "3", "--max_seq_length", "512"), "gsm8k"),
+    "stories": Task("stories", (*_BATCH, "--max_seq_length", "256"), ("max_steps", 300)),
+    "viggo": Task("viggo", _BATCH, ("num_train_epochs", 6), "viggo", omega=0.875, by_match=True),
+    "sql": Task("sql", _BATCH, ("num_train_epochs", 1), "sql", by_match=True),
+    "gsm8k": Task("gsm8k", (*_BATCH, "--max_seq_length", "512"), ("num_train_epochs", 3), "gsm8k"),
 }
 _LORA_RATE = Tuning("learning_rate", (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3))
 _QALORA_RATE = Tuning("learning_rate", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2), (5e-3, 1e-2, 2e-2, 4e-2))
 _MOVED = Tuning("moved", (), (0.05, 0.1, 0.2, 0.4, 0.6))
+_MOVED_ON_TEXT = Tuning("moved", (0.01, 0.02, 0.04, 0.08, 0.16), ())
 _LORA = ("--method", "lora", "--lr_scheduler_type", "cosine")
 _SIGN = ("--optimizer", "t_signsgd", "--surrogate", "straight")
 _QALORA = ("--method", "qalora", "--qalora_pool", "mean", "--lr_scheduler_type", "cosine")
+_change = functools.partial(Row, ablation=True, on="text")
 ROWS = {
     "lora16": Row("16 bit + LoRA", _LORA, _LORA_RATE, dense=True),
     "lora": Row("GPTQ + LoRA", _LORA, _LORA_RATE),
@@ -127,20 +136,22 @@ ROWS = {
     "published": Row("LoTA-QAF, as published", ("--recipe", "published")),
     "reference": Row("LoTA-QAF, reference offset", ("--offset", "reference"), _MOVED, like="none"),
     "paper": Row("LoTA-QAF, paper offset", ("--offset", "paper"), _MOVED, like="none"),
-    "default": Row("LoTA-QAF, all settings left out", ()),
+    "default": Row("LoTA-QAF, all settings left out", (), on="tasks"),
     "none": Row("LoTA-QAF, no offset", ("--offset", "none"), _MOVED),
+    "share": Row("LoTA-QAF, no offset, share tuned", ("--offset", "none"), _MOVED_ON_TEXT, on="text"),
     "rank128": Row("LoTA-QAF, no offset, rank 128", ("--lora_r", "128"), _MOVED, like="none"),
-    "straight": Row("straight-through gradient", ("--surrogate", "straight"), ablation=True),
-    "sign": Row("t-SignSGD, beta 0.9", ("--optimizer", "t_signsgd", "--beta", "0.9"), ablation=True),
-    "omega12": Row("omega 12 for all matrices", ("--omega", "12"), ablation=True),
-    "lead": Row("t-SignSGD, beta 0.9, straight, omega 12", (*_SIGN, "--omega", "12", "--beta", "0.9"), ablation=True),
-    "moved2": Row("2 % to move", ("--moved", "0.02"), ablation=True),
-    "moved8": Row("8 % to move", ("--moved", "0.08"), ablation=True),
-    "rate005": Row("learning rate 0.05", ("--learning_rate", "0.05"), ablation=True),
-    "rate05": Row("learning rate 0.5", ("--learning_rate", "0.5"), ablation=True),
-    "constant": Row("constant learning rate", ("--lr_scheduler_type", "constant"), ablation=True),
-    "rank32": Row("rank 32", ("--lora_r", "32"), ablation=True),
-    "wide": Row("products in 16 bit, not float8", ("--float8", "false"), ablation=True),
+    "rounds": Row("LoTA-QAF, no offset, two rounds", (), _MOVED, like="none", ablation=True, on="tasks", rounds=2),
+    "straight": _change("straight-through gradient", ("--surrogate", "straight")),
+    "sign": _change("t-SignSGD, beta 0.9", ("--optimizer", "t_signsgd", "--beta", "0.9")),
+    "omega12": _change("omega 12 for all matrices", ("--omega", "12")),
+    "lead": _change("t-SignSGD, beta 0.9, straight, omega 12", (*_SIGN, "--omega", "12", "--beta", "0.9")),
+    "moved2": _change("2 % to move", ("--moved", "0.02")),
+    "moved8": _change("8 % to move", ("--moved", "0.08")),
+    "rate005": _change("learning rate 0.05", ("--learning_rate", "0.05")),
+    "rate05": _change("learning rate 0.5", ("--learning_rate", "0.5")),
+    "constant": _change("constant learning rate", ("--lr_scheduler_type", "constant")),
+    "rank32": _change("rank 32", ("--lora_r", "32")),
+    "wide": _change("products in 16 bit, not float8", ("--float8", "false")),
 }
 
 
@@ -163,24 +174,33 @@ class Run:
         value = "" if self.value is None else f"-{self.value:g}"
         return f"{self.source}-b{self.bits}g{self.group_size}-{self.task}-{self.row}{value}-s{self.seed}-{self.split}"
 
-    def flags(self, root: Path, data: Path) -> list[str]:
+    def folder(self, root: Path, round: int | None = None) -> Path:
+        """What train.py writes into, in the last round or the one given, counted from 0."""
+        last = round is None or round == ROWS[self.row].rounds - 1
+        return root / "runs" / (self.name if last else f"{self.name}-round{round}")
+
+    def flags(self, root: Path, data: Path, round: int = 0) -> list[str]:
         """The command line of train.py.
 
         Args:
             root: of the quantised models, the split data, and the results.
             data: of the 16-bit models.
+            round: which of the row's, counted from 0.
         """
         task, row = TASKS[self.task], ROWS[self.row]
         model = data / SOURCES[self.source].folder if row.dense else quantized_folder(root, self)
-        files = root / "data"
+        if round:
+            model = self.folder(root, round - 1) / "merged"
+        files, (length, value) = root / "data", task.length
         flags = ["--model", str(model), "--dataset", _named(task, files / f"{task.name}_train.jsonl")]
         flags += ["--eval_dataset", _named(task, files / f"{task.name}_{self.split}.jsonl"), *task.flags]
-        flags += ["--lora_r", str(RANK), *row.flags]
+        flags += [f"--{length}", f"{value / row.rounds:g}", "--lora_r", str(RANK), *row.flags]
         if self.row == "published":
             flags += ["--omega", f"{task.omega * RANK:g}"]
         if self.value is not None and row.tuning is not None:
             flags += [f"--{row.tuning.flag}", f"{self.value:g}"]
-        return [*flags, "--seed", str(self.seed), "--output_dir", str(root / "runs" / self.name)]
+        # Another seed, because with the same one a later round would see the rows of the first.
+        return [*flags, "--seed", str(self.seed + 1000 * round), "--output_dir", str(self.folder(root, round))]
 
 
 def quantized_folder(root: Path, run: Run) -> Path:
@@ -228,10 +248,9 @@ def main_runs(sources: Sequence[str], best: Mapping[Cell, float]) -> list[Run]:
             answered = TASKS[task].rule is not None
             for name, row in ROWS.items():
                 first = bits == BITS[0] and group_size == source.groups[0]
-                # On text the default is the row without an offset.
-                if (row.dense and not first) or (name == "default" and not answered):
+                if (row.dense and not first) or row.on == ("text" if answered else "tasks"):
                     continue
-                if row.ablation and (answered or group_size != source.groups[0]):
+                if row.ablation and group_size != source.groups[0]:
                     continue
                 place = (16, 0) if row.dense else (bits, group_size)
                 value = None

@@ -42,8 +42,9 @@ def write_report(results: Sequence[Result], root: Path) -> None:
                 parts.append(f"\n**{source.name}, {task}: {title}** (mean ± standard deviation of the seeds)\n\n")
                 parts.append(_table(here, source.groups, value))
             if any(ROWS[result["row"]].ablation for result in here):
-                parts.append(f"\n**{source.name}, {task}: one change to the last row above** (held-out loss)\n\n")
-                parts.append(_table(here, source.groups, _loss, ablation=True))
+                title, value = _measures(task)[0]
+                parts.append(f"\n**{source.name}, {task}: one change to the row without an offset** ({title})\n\n")
+                parts.append(_table(here, source.groups, value, ablation=True))
             parts.append(f"\n{source.name}, {task}: what the runs came to\n\n{_details(here)}")
             _plot(here, source.name, task, source.groups[0], root / f"{source.name}_{task}.png")
     if best:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import shutil
@@ -100,6 +101,7 @@ def test_where_answers_are_compared_they_are_what_is_tuned_for() -> None:
     chosen = [run for run in chosen if run.group_size == 64]
     assert {run.row: run.value for run in chosen} == {
         "published": None, "reference": 0.4, "paper": 0.4, "default": None, "none": 0.4, "rank128": 0.4,
+        "rounds": 0.4,
     }  # fmt: skip
 
 
@@ -143,7 +145,48 @@ def test_a_finished_run_is_read_and_a_failed_one_leaves_no_result(
 
     monkeypatch.setattr(train, "main", lambda flags: 2)
     assert table.run_one(run, tmp_path, tmp_path, float("inf")) is None
-    assert "failed with status 2" in capsys.readouterr().err
+    assert "train.py ended with status 2" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, plan = importlib.import_module("table"), importlib.import_module("table_plan")
+    run = plan.Run("base14m", 4, 64, "viggo", "lora", 0, "validation", 2.5e-4)
+    (tmp_path / "runs").mkdir()
+    with (tmp_path / "runs" / f"{run.name}.log").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert table.run_one(run, tmp_path, tmp_path, float("inf")) is None
+    assert "another process is at it" in capsys.readouterr().err
+
+
+def test_a_round_starts_from_the_merged_model_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, plan = importlib.import_module("table"), importlib.import_module("table_plan")
+    import evaluate
+    import train
+
+    seen: list[list[str]] = []
+
+    def run_of(flags: list[str]) -> int:
+        seen.append(flags)
+        folder = Path(flags[flags.index("--output_dir") + 1])
+        (folder / "merged").mkdir(parents=True)
+        lines = [{"eval_loss": 3.0 - len(seen)}, {"loss": 1.0, "moved": 0.01}, {"eval_loss": 2.0 - len(seen)}]
+        (folder / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+    measured: list[list[str]] = []
+    monkeypatch.setattr(train, "main", run_of)
+    monkeypatch.setattr(evaluate, "main", lambda flags: measured.append(flags) or 0)
+    run = plan.Run("base14m", 4, 64, "viggo", "rounds", 0, "test", 0.4)
+    shutil.copytree(CHECKPOINTS / "ckpt-llama-b4g32-asym-desc", plan.quantized_folder(tmp_path, run))
+    result = table.run_one(run, tmp_path, tmp_path, float("inf"))
+    assert (result["before"]["loss"], result["after"]["loss"]) == (2.0, 0.0)
+    first, second = (parse_config(flags) for flags in seen)
+    assert first.model == str(plan.quantized_folder(tmp_path, run))
+    assert second.model == f"{first.output_dir}/merged"
+    assert (first.num_train_epochs, second.num_train_epochs) == (3.0, 3.0)
+    assert first.seed != second.seed
+    assert measured[0][1] == f"{second.output_dir}/merged"
+    assert not list((tmp_path / "runs").glob("*/"))
 
 
 def test_a_16_bit_model_is_measured_where_it_was_trained_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
