@@ -83,7 +83,7 @@ def parse_eval_config(argv: Sequence[str]) -> EvalConfig:
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(EvalConfig, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser(EvalConfig, allow_abbrev=False)
     parser.prog = "evaluate.py"
     parser.description = "Measure a model: exact match by generation, MMLU by option likelihood, perplexity on text."
     return EvalConfig(**vars(parser.parse_args(list(argv))))

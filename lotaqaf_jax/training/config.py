@@ -451,7 +451,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(TrainConfig, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = HfArgumentParser(TrainConfig, allow_abbrev=False)
     parser.add_argument("--config", default=None, help="YAML file of these settings; flags win over it")
     parser.prog = "train.py"
     parser.description = (
