@@ -13,9 +13,9 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
 train: $(VENV)/.installed
 	$(BIN)/python train.py
 
-# Worksteal, because a few tests take minutes, and what waits behind them is then taken by the other process.
+# Worksteal, because a few quick ones take minutes, and what waits behind them is then taken by the other process.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not quick"
+	$(BIN)/python -m pytest -n auto -m "not quick"
 	$(BIN)/python -m pytest -n auto --dist worksteal -m quick
 	$(ON_EIGHT_DEVICES) $(BIN)/python -m pytest -n 2 --dist loadfile -m quick tests/parallel
 
