@@ -183,8 +183,7 @@ def run_one(run: Run, root: Path, data: Path, end: float) -> dict[str, Any] | No
             traceback.print_exc(file=file)
             print(f"{run.name} failed: {str(error)[:200]}; see {log}", file=sys.stderr)
             return None
-        result = {"name": run.name, **vars(run), "seconds": round(seconds, 1), **read_run(folders[-1])}
-        result["before"] = read_run(folders[0])["before"]
+        result = {"name": run.name, **vars(run), "seconds": round(seconds, 1), **read_run(folders)}
         if run.bits != 16:
             from convert.fingerprint import fingerprint
             from lotaqaf_jax.quant.folder import CheckpointFolder
@@ -226,9 +225,12 @@ def _measure_flags(flags: Sequence[str], folder: Path) -> list[str]:
     return ["--model", *model, "--tasks", task, "--batch_size", "64", "--output", str(folder / "evaluation.json")]
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """What a run left: the looks before and after, what moved, and the size of what was written."""
-    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_run(rounds: Sequence[Path]) -> dict[str, Any]:
+    """What the rounds of a run left: the looks before the first and after the last; of the last what moved in it, and
+    the size of what was written."""
+    logs = [(folder / "trainer_log.jsonl").read_text(encoding="utf-8") for folder in rounds]
+    lines = [json.loads(line) for log in logs for line in log.splitlines()]
+    folder = rounds[-1]
     looks = [line for line in lines if "eval_loss" in line]
     last = [line for line in lines if "loss" in line][-1]
     found = {"before": _numbers(looks[0]), "after": _numbers(looks[-1])}
