@@ -80,7 +80,7 @@ def run(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(base.path)
     sizes = (config.train_batch_size, config.eval_batch_size)
     data = load_data(config.data(), tokenizer, *sizes, progress=is_main())
-    config = config.settled(data.report.format)
+    config = config.settled(data.report.format, base.quantization.default.bits if base.quantization else 16)
     about = about_run(config, base, data.report.row_length)  # on a GPU: memory and time, or that it cannot fit
     settings = summary(config, data.num_steps(config.num_train_epochs))
     if is_main():

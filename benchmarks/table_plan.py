@@ -60,13 +60,15 @@ class Tuning:
 
     Attributes:
         flag: of train.py.
-        text: values to try on plain text; none: the row has its default there.
+        text: values to try on plain text.
         tasks: values to try on tasks that are answered.
+        on_text: what it is on plain text where none are tried.
     """
 
     flag: str
     text: tuple[float, ...]
     tasks: tuple[float, ...]
+    on_text: float | None = None
 
     def values(self, task: str) -> tuple[float, ...]:
         """Those to try."""
@@ -123,12 +125,13 @@ TASKS = {
 }
 _LORA_RATE = Tuning("learning_rate", (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3))
 _QALORA_RATE = Tuning("learning_rate", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2), (5e-3, 1e-2, 2e-2, 4e-2))
-_MOVED = Tuning("moved", (), (0.05, 0.1, 0.2, 0.4, 0.6))
+_MOVED = Tuning("moved", (), (0.05, 0.1, 0.2, 0.4, 0.6), on_text=0.04)
 _MOVED_ON_TEXT = Tuning("moved", (0.01, 0.02, 0.04, 0.08, 0.16), ())
 _LORA = ("--method", "lora", "--lr_scheduler_type", "cosine")
 _SIGN = ("--optimizer", "t_signsgd", "--surrogate", "straight")
 _QALORA = ("--method", "qalora", "--qalora_pool", "mean", "--lr_scheduler_type", "cosine")
-_change = functools.partial(Row, ablation=True, on="text")
+_change = functools.partial(Row, tuning=Tuning("moved", (), (), on_text=0.04), ablation=True, on="text")
+_threshold = functools.partial(Row, ablation=True, on="text")
 ROWS = {
     "lora16": Row("16 bit + LoRA", _LORA, _LORA_RATE, dense=True),
     "lora": Row("GPTQ + LoRA", _LORA, _LORA_RATE),
@@ -136,17 +139,17 @@ ROWS = {
     "published": Row("LoTA-QAF, as published", ("--recipe", "published")),
     "reference": Row("LoTA-QAF, reference offset", ("--offset", "reference"), _MOVED, like="none"),
     "paper": Row("LoTA-QAF, paper offset", ("--offset", "paper"), _MOVED, like="none"),
-    "default": Row("LoTA-QAF, all settings left out", (), on="tasks"),
+    "default": Row("LoTA-QAF, all settings left out", ()),
     "none": Row("LoTA-QAF, no offset", ("--offset", "none"), _MOVED),
     "share": Row("LoTA-QAF, no offset, share tuned", ("--offset", "none"), _MOVED_ON_TEXT, on="text"),
     "rank128": Row("LoTA-QAF, no offset, rank 128", ("--lora_r", "128"), _MOVED, like="none"),
     "rounds": Row("LoTA-QAF, no offset, two rounds", (), _MOVED, like="none", ablation=True, on="tasks", rounds=2),
     "straight": _change("straight-through gradient", ("--surrogate", "straight")),
     "sign": _change("t-SignSGD, beta 0.9", ("--optimizer", "t_signsgd", "--beta", "0.9")),
-    "omega12": _change("omega 12 for all matrices", ("--omega", "12")),
-    "lead": _change("t-SignSGD, beta 0.9, straight, omega 12", (*_SIGN, "--omega", "12", "--beta", "0.9")),
-    "moved2": _change("2 % to move", ("--moved", "0.02")),
-    "moved8": _change("8 % to move", ("--moved", "0.08")),
+    "omega12": _threshold("omega 12 for all matrices", ("--omega", "12")),
+    "lead": _threshold("t-SignSGD, beta 0.9, straight, omega 12", (*_SIGN, "--omega", "12", "--beta", "0.9")),
+    "moved2": _threshold("2 % to move", ("--moved", "0.02")),
+    "moved8": _threshold("8 % to move", ("--moved", "0.08")),
     "rate005": _change("learning rate 0.05", ("--learning_rate", "0.05")),
     "rate05": _change("learning rate 0.5", ("--learning_rate", "0.5")),
     "constant": _change("constant learning rate", ("--lr_scheduler_type", "constant")),
@@ -197,8 +200,10 @@ class Run:
         flags += [f"--{length}", f"{value / row.rounds:g}", "--lora_r", str(RANK), *row.flags]
         if self.row == "published":
             flags += ["--omega", f"{task.omega * RANK:g}"]
-        if self.value is not None and row.tuning is not None:
-            flags += [f"--{row.tuning.flag}", f"{self.value:g}"]
+        tuning = row.tuning
+        if tuning is not None:
+            value = tuning.on_text if self.value is None else self.value
+            flags += [] if value is None else [f"--{tuning.flag}", f"{value:g}"]
         # Another seed, because with the same one a later round would see the rows of the first.
         return [*flags, "--seed", str(self.seed + 1000 * round), "--output_dir", str(self.folder(root, round))]
 

@@ -64,7 +64,7 @@ _LAYOUT = (
     "gradient_accumulation_steps",
 )
 
-TEXT_SHARE, ANSWERS_SHARE, RATE = 0.04, 0.15, 0.2
+TEXT_SHARE, TEXT_SHARE_3_BIT, ANSWERS_SHARE, RATE = 0.04, 0.02, 0.15, 0.2
 """Of the recommended recipe: the share of entries that pass the threshold, on plain text and on rows with answers, and
 ternary_adam's learning rate."""
 
@@ -106,8 +106,8 @@ class TrainConfig:
     lora_r: int | None = _help("rank of the adapters; none: the paper's for the model, or 64", None)
     recipe: Recipe = _help(
         "lota: what optimizer, surrogate, offset and threshold are where they are not given; recommended: "
-        f"ternary_adam, window, none and --moved {TEXT_SHARE} on plain text, {ANSWERS_SHARE} on rows with answers; "
-        "published: t_signsgd, straight, reference and --omega 0.75 * lora_r",
+        f"ternary_adam, window, none and --moved {TEXT_SHARE} on plain text ({TEXT_SHARE_3_BIT} at 3 bit), "
+        f"{ANSWERS_SHARE} on rows with answers; published: t_signsgd, straight, reference and --omega 0.75 * lora_r",
         "recommended",
     )
     optimizer: OptimizerName | None = _help(
@@ -325,7 +325,7 @@ class TrainConfig:
 
     @property
     def share(self) -> float | None:
-        """``moved``, or the recipe's, on plain text unless :meth:`settled`; None where omega is a number."""
+        """``moved``, or the recipe's, on plain text at 4 bit unless :meth:`settled`; None where omega is a number."""
         if self.moved is not None:
             return self.moved
         return TEXT_SHARE if self.recipe == "recommended" and self.omega is None else None
@@ -360,17 +360,20 @@ class TrainConfig:
             return 5e-6 if large else 1e-5
         return 1e-4 if large else 5e-4
 
-    def settled(self, data_format: str) -> TrainConfig:
-        """These settings, with what the recommended recipe makes of the data: ``moved``, where it is left out.
+    def settled(self, data_format: str, bits: int) -> TrainConfig:
+        """These settings, with what the recommended recipe makes of data and model: ``moved``, where it is left out.
 
-        To go on with text that the model knows takes few integers, a task that is new to it more (docs/results.md).
+        To go on with text that the model knows takes few integers, a task that is new to it more. At 3 bit a step of
+        the grid is already large, while little is broken that text must mend, as it is at 2 bit (docs/results.md).
 
         Args:
             data_format: name of the rows' format, as ``DataReport.format`` has it.
+            bits: width of the model's integers, of most of them where they differ.
         """
         if self.method != "lota" or self.moved is not None or self.share is None:
             return self
-        return dataclasses.replace(self, moved=TEXT_SHARE if data_format == "text" else ANSWERS_SHARE)
+        on_text = TEXT_SHARE_3_BIT if bits == 3 else TEXT_SHARE
+        return dataclasses.replace(self, moved=on_text if data_format == "text" else ANSWERS_SHARE)
 
     def data(self) -> DataConfig:
         """The settings of the data room among these."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from lotaqaf_jax.data import TrainingData
 from lotaqaf_jax.errors import ConfigError
-from lotaqaf_jax.models import Decoder, Recompute, count_moves, with_omegas
+from lotaqaf_jax.models import Decoder, Recompute, count_moves, linears, with_omegas
 from lotaqaf_jax.parallel import put_rows, whole
 from lotaqaf_jax.parallel.processes import is_main
 from lotaqaf_jax.training.checkpoints import RunCheckpoints, saved_steps
@@ -71,7 +73,7 @@ def train(
             checkpoints, and they are not resumed from.
         CheckpointError: a checkpoint cannot be written or read.
     """
-    config = config.settled(data.report.format)
+    config = config.settled(data.report.format, _main_width(model))
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     total = config.max_steps if config.max_steps > 0 else data.num_steps(config.num_train_epochs)
@@ -162,6 +164,15 @@ def train(
                 if stopping:
                     raise Stopped(step, stop.status)
     return current()
+
+
+def _main_width(model: Decoder) -> int:
+    """Bits of most of the packed integers; 16 where there are none."""
+    integers: Counter[int] = Counter()
+    for names, linear in linears(model):
+        if linear.is_quantized:
+            integers[linear.packed.bits] += len(names) * math.prod(linear.packed.shape)
+    return max(integers, key=integers.__getitem__, default=16)
 
 
 def _compile(make: Callable[..., Any], config: TrainConfig, arguments: tuple[Any, Any, Any]) -> CompiledStep:

@@ -52,6 +52,8 @@ def test_runs_have_names_of_their_own_and_flags_that_train_py_takes(tmp_path: Pa
         tuning = plan.ROWS[run.row].tuning
         if tuning is not None and tuning.values(run.task):
             assert getattr(config, tuning.flag) == run.value
+        elif tuning is not None:
+            assert (getattr(config, tuning.flag), run.value) == (tuning.on_text, None)
         elif not plan.ROWS[run.row].ablation:
             assert (config.learning_rate, config.moved, run.value) == (None, None, None)
         if run.row == "published":

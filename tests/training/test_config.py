@@ -212,19 +212,19 @@ def test_a_recipe_is_what_its_settings_are_where_they_are_not_given() -> None:
     assert of("--learning_rate", "0.3", "--lr_scheduler_type", "constant")[5:] == (0.3, "constant")
 
 
-def test_the_share_that_moves_goes_by_the_data_where_it_is_left_out() -> None:
-    def of(data_format: str, *flags: str) -> float | None:
-        config = parse_config([*BASE, *flags]).settled(data_format)
-        assert config == config.settled("text")  # settled once, it stays
+def test_the_share_that_moves_goes_by_data_and_width_where_it_is_left_out() -> None:
+    def of(data_format: str, *flags: str, bits: int = 4) -> float | None:
+        config = parse_config([*BASE, *flags]).settled(data_format, bits)
+        assert config == config.settled("text", 3)  # settled once, it stays
         return config.share
 
-    assert of("text") == 0.04
-    assert {of(name) for name in FORMATS if name != "text"} == {0.15}
+    assert [of("text", bits=bits) for bits in (2, 3, 4, 8)] == [0.04, 0.02, 0.04, 0.04]
+    assert {of(name, bits=bits) for name in FORMATS if name != "text" for bits in (2, 3, 4, 8)} == {0.15}
     assert of("viggo", "--moved", "0.3") == 0.3
     assert of("viggo", "--omega", "8") is None
     assert of("viggo", "--recipe", "published") is None
     lora = parse_config([*BASE, "--method", "lora"])
-    assert lora.settled("viggo") == lora
+    assert lora.settled("viggo", 4) == lora
 
 
 @pytest.mark.parametrize(

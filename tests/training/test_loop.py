@@ -19,7 +19,7 @@ from flax import nnx
 
 from lotaqaf_jax.data import TrainingData, load_data
 from lotaqaf_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
-from lotaqaf_jax.models import Adapter, Decoder, adapted_linears, adapter_statistics
+from lotaqaf_jax.models import Adapter, Decoder, adapted_linears, adapter_statistics, add_adapters, load_pretrained
 from lotaqaf_jax.models.pretrained import load_tokenizer
 from lotaqaf_jax.thresholds import omega_of_share
 from lotaqaf_jax.training import Stopped, TrainConfig, train
@@ -27,6 +27,7 @@ from lotaqaf_jax.training.checkpoints import RunCheckpoints, saved_steps
 from lotaqaf_jax.training.log import plot_log, read_log
 
 LEFT_OUT: Any = object()
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 RECOMMENDED = {"recipe": "recommended", "omega": LEFT_OUT, "sigma_schedule": LEFT_OUT, "moved": 0.1}
 
 
@@ -97,6 +98,20 @@ def test_thresholds_follow_the_adapters_until_the_end(
     moved = sum(one.moved for one in adapter_statistics(trained).values())
     integers = sum(one.integers for one in adapter_statistics(trained).values())
     assert read_log(tmp_path / "out" / "trainer_log.jsonl")[-1]["moved"] == pytest.approx(moved / integers, rel=1e-4)
+
+
+def test_the_share_left_out_goes_by_the_width_of_the_model(tiny_gptq: Path, tmp_path: Path) -> None:
+    """At 3 bit 2 % of the entries of A @ B may pass, on plain text; the config alone does not know the width."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one after another comes"}\n' * 24, encoding="utf-8")
+    model = load_pretrained(CHECKPOINTS / "ckpt-llamapos-b3g32-asym", progress=False)
+    model = add_adapters(model, 8, 2, target_modules=("q_proj",))
+    changes = {**RECOMMENDED, "moved": LEFT_OUT, "max_steps": 3, "learning_rate": 0.9}
+    config = settings(tiny_gptq, text, tmp_path / "out", **changes)  # the tokenizer's folder
+    assert config.share == 0.04
+    for _, _, adapter in adapted_linears(run(model, config)):
+        np.testing.assert_array_equal(adapter.omega, omega_of_share(adapter.a, adapter.b, 0.02))
+        assert (adapter.omega != omega_of_share(adapter.a, adapter.b, 0.04)).any()
 
 
 @pytest.mark.parametrize(
